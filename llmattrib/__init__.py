@@ -1,0 +1,3 @@
+"""Training-data attribution for LoRA-tuned large language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,306 @@
+"""One run is one YAML file, validated into frozen models.
+
+Each section is owned by the stage it configures. `load_config` reads a file and applies `section.key=value`
+overrides; unknown keys are errors. Paths are taken relative to the working directory. The module knows nothing
+about torch, models or stores.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llmattrib.errors import ConfigError
+
+Method = Literal["shapley", "influence", "trak", "grad_dot", "grad_cos"]
+METHODS: tuple[Method, ...] = ("shapley", "influence", "trak", "grad_dot", "grad_cos")
+OutputFunction = Literal["loss", "log_odds", "margin", "logits", "pntk"]
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys forbidden."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LoraConfig(Section):
+    """Shape of the LoRA adapter that `train` makes, and of the fresh one that `init` features are taken over.
+
+    A given adapter brings its own shape, and this section is then not read.
+    """
+
+    rank: PositiveInt = 8
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = "all-linear"
+    layers: str | None = Field(None, pattern=r"^\d+-\d+$", description="first-last, inclusive; all when null")
+    use_rslora: bool = False
+
+
+class ModelConfig(Section):
+    """The base model and its adapters.
+
+    `name` is a hub id, a folder with safetensors, a `.gguf` file, or `package:NAME/FILE` for a file that an
+    installed Python package carries. `adapters` are PEFT folders; when empty, `run_dir/adapter` made by `train`.
+    """
+
+    name: str
+    revision: str | None = None
+    adapters: tuple[str, ...] = ()
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    trust_remote_code: bool = False
+    lora: LoraConfig = LoraConfig()
+
+
+class DataConfig(Section):
+    """The training examples to attribute to.
+
+    `train` is a JSONL, JSON, CSV or Parquet file, or the name of a `datasets` data set. Rows have a prompt and a
+    completion column, or a chat `messages` column whose last assistant turn is the completion.
+    """
+
+    train: str
+    split: str = "train"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str | None = None
+    id: str | None = None
+    system: str | None = None
+    chat_template: Literal["auto", "none"] = "auto"
+    label_words: tuple[str, ...] = ()
+    max_length: PositiveInt | None = Field(None, description="tokens; the model's context when null")
+    overlong: Literal["error", "truncate", "skip"] = "error"
+    limit: PositiveInt | None = None
+
+
+class TrainConfig(Section):
+    """LoRA fine-tuning: AdamW, linear warm-up and decay, loss on completion tokens only."""
+
+    epochs: PositiveInt = 3
+    learning_rate: float = Field(2e-4, gt=0)
+    batch_size: PositiveInt = 8
+    warmup_ratio: float = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+
+class SketchConfig(Section):
+    """How a gradient is compressed: `oporp` (blocks by calibrated norm), dense `rademacher`, or `none` (exact)."""
+
+    kind: Literal["oporp", "rademacher", "none"] = "oporp"
+    dim: PositiveInt = 4096
+    calibration_examples: PositiveInt = 32
+
+
+class FeaturesConfig(Section):
+    """What a feature is: the sketched gradient of `output` with respect to the LoRA parameters at `linearisation`.
+
+    `init` is the base model with fresh LoRA matrices (B = 0); `num_inits` of them are averaged at no extra pass.
+    `trained` is the adapter or adapters as trained.
+    """
+
+    output: OutputFunction = "loss"
+    linearisation: Literal["init", "trained"] = "init"
+    num_inits: PositiveInt = 1
+    sketch: SketchConfig = SketchConfig()
+    dtype: Literal["float16", "float32"] = "float16"
+    tokens_per_batch: PositiveInt = 2048
+    shard_size: PositiveInt = 256
+
+
+class ReduceConfig(Section):
+    """How features become representers.
+
+    `auto` follows docs/methods.md: Shapley on generation is centred, unit-norm, ridge 0.1; on label words it is
+    not centred, unit-norm, ridge by leave-one-out; the gradient family takes raw features, ridge 0.1.
+    `ridge` is in units of the mean squared feature norm; `loo` chooses it by closed-form leave-one-out error.
+    """
+
+    methods: tuple[Method, ...] = METHODS
+    ridge: Annotated[float, Field(gt=0)] | Literal["auto", "loo"] = "auto"
+    center: bool | Literal["auto"] = "auto"
+    normalize: bool | Literal["auto"] = "auto"
+    response: Literal["auto", "labels", "unit", "residual"] = "auto"
+    form: Literal["total_gradient", "cavity"] = "total_gradient"
+    sum_rule_tolerance: float = Field(1e-3, gt=0)
+    dtype: Literal["float16", "float32"] = "float32"
+
+    @model_validator(mode="after")
+    def _has_methods(self) -> "ReduceConfig":
+        if not self.methods:
+            raise ValueError("methods is empty")
+        return self
+
+
+class IndexConfig(Section):
+    """The faiss index over representers: exact `flat`, or approximate `hnsw` and `ivfpq`."""
+
+    kind: Literal["flat", "hnsw", "ivfpq"] = "flat"
+    hnsw_neighbors: PositiveInt = 32
+    hnsw_ef_construction: PositiveInt = 200
+    hnsw_ef_search: PositiveInt = 128
+    ivf_lists: PositiveInt = 256
+    ivf_probes: PositiveInt = 16
+    pq_subquantizers: PositiveInt = 64
+
+
+class QueryConfig(Section):
+    """Defaults of a query."""
+
+    method: Method = "shapley"
+    top: PositiveInt = 10
+    max_new_tokens: PositiveInt = 48
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    run_dir: str
+    seed: int = Field(0, ge=0)
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    reduce: ReduceConfig = ReduceConfig()
+    index: IndexConfig = IndexConfig()
+    query: QueryConfig = QueryConfig()
+
+    @model_validator(mode="after")
+    def _label_words_fit_output(self) -> "RunConfig":
+        if self.features.output in ("margin", "logits") and len(self.data.label_words) < 2:
+            raise ValueError(f"features.output={self.features.output} needs two or more data.label_words")
+        return self
+
+    @property
+    def layout(self) -> "RunLayout":
+        """Where this run's files lie."""
+        return RunLayout(self.run_dir)
+
+
+class RunLayout:
+    """The paths inside a run directory, which may be local or an fsspec URL."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir.rstrip("/")
+
+    def path(self, *parts: str) -> str:
+        """Join `parts` below the run directory."""
+        return "/".join((self.run_dir, *parts))
+
+    @property
+    def config(self) -> str:
+        """The resolved, replayable config."""
+        return self.path("config.yaml")
+
+    @property
+    def adapter(self) -> str:
+        """The PEFT adapter, when trained here."""
+        return self.path("adapter")
+
+    @property
+    def examples(self) -> str:
+        """The texts of the examples, row-aligned with the features."""
+        return self.path("examples.parquet")
+
+    @property
+    def features(self) -> str:
+        """The feature store."""
+        return self.path("features.zarr")
+
+    def representers(self, method: str) -> str:
+        """The representer store of `method`."""
+        return self.path("representers", f"{method}.zarr")
+
+    def index(self, method: str) -> str:
+        """The faiss index of `method`."""
+        return self.path("index", f"{method}.faiss")
+
+    def index_manifest(self, method: str) -> str:
+        """What the index of `method` was made from."""
+        return self.path("index", f"{method}.json")
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """Split `section.key=value` into its key path and its value read as YAML.
+
+    Raises:
+        ConfigError: there is no `=` or no key.
+    """
+    key, equals, value = text.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise ConfigError(f"override {text!r} is not understood", expected="section.key=value")
+    try:
+        return path, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r} has a value that is not YAML", expected="section.key=value") from error
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run from a YAML file.
+
+    Args:
+        path: the file.
+        overrides: `section.key=value` strings, applied in order.
+
+    Returns:
+        The validated run.
+
+    Raises:
+        ConfigError: the file is missing or is not a YAML mapping, or a key or value is not accepted.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"config {path} cannot be read ({error.strerror})", fix="name a YAML file; configs/ has examples"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not YAML: {error}", fix="correct the file at the place named") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path} holds no settings", expected="a YAML mapping with run_dir, model and data")
+    for override in overrides:
+        keys, value = parse_override(override)
+        node = tree
+        for key in keys[:-1]:
+            child = node.setdefault(key, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"override {override!r} goes below {key!r}, which is a value, not a section")
+            node = child
+        node[keys[-1]] = value
+    return validate_config(tree, source=str(path))
+
+
+def validate_config(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
+    """Validate a nested mapping into a `RunConfig`.
+
+    Raises:
+        ConfigError: naming every key that is wrong, what was found and what is accepted.
+    """
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        rows = [
+            f"{'.'.join(str(part) for part in item['loc']) or 'config'}: {item['msg']} (found {item['input']!r})"
+            for item in error.errors()
+        ]
+        raise ConfigError(f"{source} is not accepted: " + "; ".join(rows), fix="correct the named keys") from error
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """Write a run as YAML that `load_config` reads back to an equal run."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def digest(value: object) -> str:
+    """Return a short stable hash of a JSON-able value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,161 @@
+"""Every error a user can meet, in one tree.
+
+    LlmattribError
+    ├── ConfigError                 a config file, key, value or override that cannot be used
+    ├── DataError
+    │   ├── EmptyDatasetError       no file, or no rows
+    │   ├── MissingFieldError       a row without a needed field (file and line number)
+    │   ├── OverlongExampleError    examples longer than the context
+    │   └── LabelWordError          a label word that is not one token, or a completion that is no label word
+    ├── ModelError
+    │   ├── ModelNotFoundError      base model or adapter cannot be found or loaded
+    │   ├── AdapterMismatchError    the adapter was made for another base model
+    │   ├── UnsupportedAdapterError not a plain LoRA adapter (DoRA, prompt tuning, ...)
+    │   └── TokenizerMismatchError  tokenizer and model disagree
+    ├── FeatureError
+    │   ├── SketchError             a sketch that does not fit the model or the memory
+    │   ├── NonFiniteGradientError  NaN or inf in the gradient of a named example
+    │   └── DeviceMemoryError       the accelerator ran out of memory
+    ├── StoreError
+    │   ├── StoreNotFoundError      a stage was asked for before the one it needs
+    │   ├── FingerprintMismatchError the store was made with other settings
+    │   ├── IncompleteStoreError    shards are missing
+    │   ├── CorruptShardError       a shard fails its checksum
+    │   ├── StoreLockedError        another process builds this store now
+    │   └── DiskSpaceError          the store would not fit on the disk
+    ├── MethodError                 a method that is unknown or cannot run on these features
+    └── StaleIndexError             an index older than its representers
+
+An error says what was found, what was expected and what to do. The command line prints it and exits with code 2.
+"""
+
+from collections.abc import Mapping
+
+
+class LlmattribError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        found: what was found, one sentence, naming the file, key or example.
+        expected: what was expected instead.
+        fix: what the user can do about it.
+    """
+
+    def __init__(self, found: str, *, expected: str = "", fix: str = "") -> None:
+        self.found, self.expected, self.fix = found, expected, fix
+        parts = [found]
+        if expected:
+            parts.append(f"expected: {expected}")
+        if fix:
+            parts.append(f"to fix: {fix}")
+        super().__init__("\n  ".join(parts))
+
+
+class ConfigError(LlmattribError):
+    """A config file, key, value or override cannot be used."""
+
+
+class DataError(LlmattribError):
+    """The data set cannot be used."""
+
+
+class EmptyDatasetError(DataError):
+    """There is no such file, or it has no rows."""
+
+
+class MissingFieldError(DataError):
+    """A row lacks a field the config names."""
+
+
+class OverlongExampleError(DataError):
+    """Examples are longer than the context and the policy is to stop."""
+
+
+class LabelWordError(DataError):
+    """A label word is not one token, or a completion is not a label word."""
+
+
+class ModelError(LlmattribError):
+    """The model cannot be used."""
+
+
+class ModelNotFoundError(ModelError):
+    """The base model or an adapter cannot be found or loaded."""
+
+
+class AdapterMismatchError(ModelError):
+    """The adapter was made for another base model."""
+
+
+class UnsupportedAdapterError(ModelError):
+    """The adapter is not plain LoRA."""
+
+
+class TokenizerMismatchError(ModelError):
+    """The tokenizer does not belong to the model."""
+
+
+class FeatureError(LlmattribError):
+    """Features cannot be computed."""
+
+
+class SketchError(FeatureError):
+    """The sketch does not fit the model or the memory."""
+
+
+class NonFiniteGradientError(FeatureError):
+    """An example has a NaN or infinite gradient."""
+
+
+class DeviceMemoryError(FeatureError):
+    """The accelerator ran out of memory."""
+
+
+class StoreError(LlmattribError):
+    """A store cannot be used."""
+
+
+class StoreNotFoundError(StoreError):
+    """The store does not exist yet."""
+
+
+class FingerprintMismatchError(StoreError):
+    """The store was made with other settings.
+
+    Args:
+        path: the store.
+        differing: key -> (value in the store, value now).
+    """
+
+    def __init__(self, path: str, differing: Mapping[str, tuple[object, object]]) -> None:
+        self.differing = dict(differing)
+        rows = "; ".join(f"{key}: stored {old!r}, now {new!r}" for key, (old, new) in self.differing.items())
+        super().__init__(
+            f"{path} was made with other settings ({rows})",
+            expected="the same model, adapter, data, output function, linearisation point, sketch and dtype",
+            fix="restore those settings, or name another run_dir, or delete the store to compute it again",
+        )
+
+
+class IncompleteStoreError(StoreError):
+    """Shards are missing."""
+
+
+class CorruptShardError(StoreError):
+    """A shard fails its checksum."""
+
+
+class StoreLockedError(StoreError):
+    """Another process is writing this store."""
+
+
+class DiskSpaceError(StoreError):
+    """The store would not fit on the disk."""
+
+
+class MethodError(LlmattribError):
+    """A method is unknown or cannot run on these features."""
+
+
+class StaleIndexError(LlmattribError):
+    """An index is older than its representers."""

@@ -1,0 +1,1 @@
+"""Estimators: from a game to the values or representers of its players."""

@@ -1,0 +1,1 @@
+"""Cooperative games whose players are training examples."""

@@ -1,0 +1,1 @@
+"""Scorers: from features straight to linear representers, without a game."""
