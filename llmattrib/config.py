@@ -297,7 +297,8 @@ def validate_config(tree: Mapping[str, Any], source: str = "config") -> RunConfi
 
 def config_to_yaml(config: RunConfig) -> str:
     """Write a run as YAML that `load_config` reads back to an equal run."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def digest(value: object) -> str:
