@@ -1,0 +1,56 @@
+"""Does an attribution rank the example that taught an answer first? Recall at k, beside text search.
+
+A probe is a prompt whose teaching example is known. Methods are compared on the same probes with tf-idf over prompt
+and answer, the baseline any claim must stand beside. Ties are broken by row, so a ranking is a pure function of scores.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Share of probes whose teaching example is among the first k.
+
+    Attributes:
+        at: k -> recall.
+        count: number of probes.
+    """
+
+    at: dict[int, float]
+    count: int
+
+    def to_json(self) -> dict[str, float | int]:
+        """Return `recall@k` for every k, and `count`."""
+        return {**{f"recall@{k}": value for k, value in self.at.items()}, "count": self.count}
+
+
+def recall(top: Sequence[Sequence[int]], targets: Sequence[int], ks: Sequence[int] = (1, 5)) -> Recall:
+    """Measure recall at each k.
+
+    Args:
+        top: for each probe the best rows, best first, at least max(ks) of them (or all rows).
+        targets: for each probe the row of the example that taught it.
+        ks: cut-offs.
+
+    Returns:
+        Recall at each k; 0 where there are no probes.
+    """
+    hits = {k: sum(target in rows[:k] for rows, target in zip(top, targets, strict=True)) for k in ks}
+    return Recall({k: hit / max(len(targets), 1) for k, hit in hits.items()}, len(targets))
+
+
+def top_rows(scores: Float[np.ndarray, "q n"], k: int) -> Int[np.ndarray, "q k"]:
+    """Return the k best rows of each query, best first, ties by row."""
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+def tfidf_scores(train_texts: Sequence[str], query_texts: Sequence[str]) -> Float[np.ndarray, "q n"]:
+    """Score training texts for each query text by cosine of word tf-idf vectors (unigrams and bigrams)."""
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+    train = vectorizer.fit_transform(train_texts)
+    return np.asarray((vectorizer.transform(query_texts) @ train.T).todense())

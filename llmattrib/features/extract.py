@@ -1,0 +1,194 @@
+"""From encoded examples to sketched LoRA gradients and their scalar columns.
+
+An extractor fixes what is differentiated (output function) and where (linearisation point); a sketch says how the
+gradients are compressed. At `init` every B is zero, so the network is the base model, every df/dA vanishes, and any
+number of fresh A matrices can share one forward and backward: their features are one wider block. At `trained` each
+adapter is one pass, and their blocks concatenate. Blocks of k inits or adapters are divided by sqrt(k), so kernels
+average.
+
+Examples never mix: a row depends on its own tokens only, up to float32 rounding of batched kernels.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llmattrib.config import FeaturesConfig
+from llmattrib.encoding import Encoded, collate
+from llmattrib.features.capture import Consumer, Tap, capture
+from llmattrib.features.outputs import OutputValues, Reading, evaluate_output
+from llmattrib.features.sketch import Block, Sketch, SketchPlan, make_plan
+from llmattrib.forward import completion_logits
+from llmattrib.model import LoadedModel, LoraLayer, lora_a_init
+
+COLUMNS = ("norm", "loss", "log_odds", "label")
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Features of b examples.
+
+    Attributes:
+        phi: [b, c, p] float32 sketched gradients; c = 1 except for output `logits`.
+        columns: [b] float32 each: `norm` (exact gradient norm, before the sketch), `loss` (nats), `log_odds`, `label`.
+    """
+
+    phi: Float[np.ndarray, "b c p"]
+    columns: dict[str, Float[np.ndarray, " b"]]
+
+    def nonfinite_rows(self) -> list[int]:
+        """Return the rows whose gradient holds NaN or infinity."""
+        finite = np.isfinite(self.phi).all(axis=(1, 2)) & np.isfinite(self.columns["norm"])
+        return [int(row) for row in np.flatnonzero(~finite)]
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One linearisation point: an adapter, or the base model with fresh A matrices."""
+
+    adapter: str | None
+    taps: tuple[Tap, ...]
+
+
+class Extractor:
+    """Computes features of batches at a fixed linearisation point.
+
+    Args:
+        loaded: the model with its adapters, frozen.
+        config: output function and linearisation point.
+        seed: seed of the fresh A matrices.
+        label_ids: token ids of the label words, empty for generation.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: FeaturesConfig, seed: int, label_ids: Sequence[int] = ()) -> None:
+        self.loaded = loaded
+        self.output = config.output
+        self.label_ids = tuple(label_ids)
+        self.blocks: tuple[Block, ...] = ()
+        self._points: list[_Point] = []
+        if config.linearisation == "init":
+            self._points.append(_Point(None, self._init_taps(seed, config.num_inits)))
+        else:
+            for adapter in loaded.adapter_names:
+                self._points.append(_Point(adapter, self._trained_taps(adapter)))
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of feature rows an example has."""
+        return len(self.label_ids) if self.output == "logits" else 1
+
+    def plan(self, kind: str, seed: int, dim: int, sample: Sequence[Sequence[Encoded]]) -> SketchPlan:
+        """Plan a sketch whose block widths follow the squared gradient norms measured on `sample`.
+
+        Args:
+            kind: `oporp`, `rademacher` or `none`.
+            seed: seed of the sketch's tables.
+            dim: width wanted.
+            sample: batches of calibration examples; read for `oporp` only.
+        """
+        norms = np.ones(len(self.blocks))
+        if kind == "oporp" and dim < sum(block.size for block in self.blocks):
+            norms = sum((self._block_norms(batch) for batch in sample), np.zeros(len(self.blocks)))
+        return make_plan(kind, seed, dim, self.blocks, norms.tolist())  # type: ignore[arg-type]
+
+    def extract(self, examples: Sequence[Encoded], sketch: Sketch, padding_side: str = "right") -> FeatureBatch:
+        """Compute the features of one batch.
+
+        Args:
+            examples: b encoded examples.
+            sketch: made from this extractor's plan.
+            padding_side: `right` or `left`; the result does not depend on it.
+
+        Returns:
+            Features in the order of `examples`. NaN and infinity are passed on, see `FeatureBatch.nonfinite_rows`.
+        """
+        shape = len(examples), self.num_outputs
+        phi = torch.zeros(*shape, sketch.dim, device=self.loaded.device)
+        squared = torch.zeros(*shape, device=self.loaded.device)
+
+        def consumer(output: int) -> Consumer:
+            def consume(block: int, gradient: Tensor) -> None:
+                sketch.add(phi[:, output], block, gradient)
+                squared[:, output] += gradient.square().sum(1)
+
+            return consume
+
+        values = self._differentiate(examples, consumer, padding_side)
+        num_points = len(values)
+        columns = {
+            "norm": squared.sum(1).sqrt(),
+            "loss": torch.stack([value.loss for value in values]).sum(0) / num_points,
+            "log_odds": torch.stack([value.log_odds for value in values]).sum(0) / num_points,
+            "label": torch.tensor([float(example.label) for example in examples]),
+        }
+        return FeatureBatch(phi.cpu().numpy(), {name: column.cpu().numpy() for name, column in columns.items()})
+
+    def _block_norms(self, examples: Sequence[Encoded]) -> Float[np.ndarray, " blocks"]:
+        """Return the summed squared gradient norm of each block over a batch."""
+        norms = np.zeros(len(self.blocks))
+
+        def consume(block: int, gradient: Tensor) -> None:
+            norms[block] += float(gradient.square().sum())
+
+        self._differentiate(examples, lambda _: consume, "right")
+        return norms
+
+    def _differentiate(self, examples: Sequence[Encoded], consumer, padding_side: str) -> list[OutputValues]:  # type: ignore[no-untyped-def]
+        """Run forward and backward at every point; `consumer(output)` takes the gradients of that output."""
+        batch = collate(examples, self.loaded.pad_id, padding_side).to(self.loaded.device)
+        labels = torch.tensor([example.label for example in examples], device=self.loaded.device)
+        values = []
+        for point in self._points:
+            current: list[Consumer] = []
+            with self._at(point), capture(point.taps, lambda block, gradient: current[-1](block, gradient)):
+                with torch.enable_grad():
+                    logits, example, target = completion_logits(self.loaded.model, batch)
+                    value = evaluate_output(self.output, Reading(logits, example, target, labels), self.label_ids)
+                num_outputs = value.outputs.shape[0]
+                for output in range(num_outputs):
+                    current.append(consumer(output))
+                    total = value.outputs[output].sum()
+                    total.backward(retain_graph=output + 1 < num_outputs)  # type: ignore[no-untyped-call]
+            values.append(OutputValues(value.outputs.detach(), value.loss, value.log_odds))
+        return values
+
+    @contextmanager
+    def _at(self, point: _Point) -> Iterator[None]:
+        if point.adapter is None:
+            with self.loaded.base_only():
+                yield
+        else:
+            self.loaded.use(point.adapter)
+            yield
+
+    def _add_block(self, name: str, role: str, size: int) -> int:
+        self.blocks += (Block(name, role, size),)
+        return len(self.blocks) - 1
+
+    def _init_taps(self, seed: int, num_inits: int) -> tuple[Tap, ...]:
+        taps = []
+        for layer in self.loaded.layers:
+            shape_a, _, scaling = layer.factors(self.loaded.adapter_names[0])
+            rank = shape_a.shape[0]
+            fresh = torch.cat([lora_a_init(seed, layer, rank, init) for init in range(num_inits)])
+            fresh = (fresh / num_inits**0.5).to(self.loaded.device)
+            block = self._add_block(layer.name, "B", layer.d_out * rank * num_inits)
+            taps.append(Tap(layer.name, layer.module, fresh, None, scaling, None, block))
+        return tuple(taps)
+
+    def _trained_taps(self, adapter: str) -> tuple[Tap, ...]:
+        num_adapters = len(self.loaded.adapter_names)
+        prefix = f"{adapter}/" if num_adapters > 1 else ""
+        return tuple(self._trained_tap(layer, adapter, prefix, num_adapters) for layer in self.loaded.layers)
+
+    def _trained_tap(self, layer: LoraLayer, adapter: str, prefix: str, num_adapters: int) -> Tap:
+        a, b, scaling = layer.factors(adapter)
+        block_a = self._add_block(prefix + layer.name, "A", a.numel())
+        block_b = self._add_block(prefix + layer.name, "B", b.numel())
+        scaling /= num_adapters**0.5
+        return Tap(layer.name, layer.module, a.detach(), b.detach(), scaling, block_a, block_b)
