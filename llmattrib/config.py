@@ -289,7 +289,8 @@ def validate_config(tree: Mapping[str, Any], source: str = "config") -> RunConfi
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         rows = [
-            f"{'.'.join(str(part) for part in item['loc']) or 'config'}: {item['msg']} (found {item['input']!r})"
+            f"{'.'.join(str(part) for part in item['loc']) or 'config'}: {item['msg']}"
+            + ("" if isinstance(item["input"], Mapping) else f" (found {item['input']!r})")
             for item in error.errors()
         ]
         raise ConfigError(f"{source} is not accepted: " + "; ".join(rows), fix="correct the named keys") from error

@@ -1,0 +1,148 @@
+"""Configs: what is accepted, what is refused and with which words, round trips, paths."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmattrib.config import (
+    METHODS,
+    RunConfig,
+    RunLayout,
+    config_to_yaml,
+    digest,
+    load_config,
+    parse_override,
+    validate_config,
+)
+from llmattrib.errors import ConfigError
+
+MINIMAL = {"run_dir": "runs/x", "model": {"name": "m"}, "data": {"train": "d.jsonl"}}
+ROOT = Path(__file__).parent.parent
+
+
+def write(tmp_path: Path, tree: object) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_minimal_config_has_the_documented_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL))
+    assert config.features.linearisation == "init"
+    assert config.features.sketch.kind == "oporp"
+    assert config.reduce.methods == METHODS
+    assert config.index.kind == "flat"
+    assert config.query.method == "shapley"
+
+
+def test_overrides_set_values_of_any_type_and_the_last_one_wins(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    config = load_config(
+        path,
+        [
+            "features.sketch.dim=64",
+            "features.sketch.dim=128",
+            "reduce.methods=[trak, shapley]",
+            "seed=7",
+            "data.id=null",
+        ],
+    )
+    assert config.features.sketch.dim == 128
+    assert config.reduce.methods == ("trak", "shapley")
+    assert (config.seed, config.data.id) == (7, None)
+
+
+def test_yaml_round_trip_is_exact(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path, MINIMAL),
+        ["data.label_words=[ham, späm]", "features.output=margin", "reduce.ridge=0.3", "model.lora.layers=2-3"],
+    )
+    path = tmp_path / "again.yaml"
+    path.write_text(config_to_yaml(config))
+    assert load_config(path) == config
+    assert "späm" in path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_is_accepted(path: Path) -> None:
+    assert load_config(path).run_dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.nmae=x", r"model\.nmae: Extra inputs are not permitted \(found 'x'\)"),
+        ("features.output=los", r"features\.output: Input should be 'loss', 'log_odds'.*\(found 'los'\)"),
+        ("features.sketch.dim=0", r"features\.sketch\.dim: Input should be greater than 0"),
+        ("features.output=margin", r"features\.output=margin needs two or more data\.label_words"),
+        ("reduce.methods=[]", r"methods is empty"),
+        ("reduce.methods=[shapely]", r"reduce\.methods\.0: Input should be 'shapley'"),
+        ("reduce.ridge=-1", r"reduce\.ridge"),
+        ("model.lora.layers=first", r"model\.lora\.layers: String should match pattern"),
+        ("seed=-1", r"seed: Input should be greater than or equal to 0"),
+    ],
+)
+def test_wrong_value_names_the_key_what_was_found_and_what_is_accepted(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, MINIMAL), [override])
+
+
+def test_all_wrong_keys_are_named_at_once() -> None:
+    with pytest.raises(
+        ConfigError, match=r"seed: .*\(found 'x'\); data: Field required; extra: .*\(found 1\)"
+    ) as caught:
+        validate_config({"run_dir": "r", "model": {"name": "m"}, "seed": "x", "extra": 1}, source="some.yaml")
+    assert caught.value.found.startswith("some.yaml is not accepted")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml cannot be read \(No such file or directory\)"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "is not YAML"), ("- a", "holds no settings"), ("", "holds no settings")]
+)
+def test_file_that_is_no_mapping(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+@pytest.mark.parametrize("text", ["seed", "=1", ".seed=1", "model..name=x"])
+def test_override_without_key_or_value(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"override .* is not understood\n  expected: section\.key=value"):
+        parse_override(text)
+
+
+def test_override_whose_value_is_not_yaml() -> None:
+    with pytest.raises(ConfigError, match="has a value that is not YAML"):
+        parse_override("data.label_words=[a")
+
+
+def test_override_below_a_value(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="goes below 'name', which is a value, not a section"):
+        load_config(write(tmp_path, MINIMAL), ["model.name.x=1"])
+
+
+def test_configs_are_frozen() -> None:
+    config = RunConfig.model_validate(MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 1  # type: ignore[misc]
+
+
+def test_layout_joins_paths_and_urls() -> None:
+    layout = RunLayout("s3://bucket/run/")
+    assert layout.features == "s3://bucket/run/features.zarr"
+    assert layout.representers("trak") == "s3://bucket/run/representers/trak.zarr"
+    assert layout.index("trak") == "s3://bucket/run/index/trak.faiss"
+    assert RunConfig.model_validate(MINIMAL).layout.config == "runs/x/config.yaml"
+
+
+def test_digest_does_not_depend_on_key_order_and_sees_every_value() -> None:
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
+    assert len({digest({"a": 1}), digest({"a": "1"}), digest({"a": [1]}), digest({"b": 1})}) == 4
