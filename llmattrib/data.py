@@ -1,0 +1,322 @@
+"""Training examples: read from files or `datasets`, kept in order, saved with a run.
+
+An example is a prompt (chat messages; a plain prompt is one user message) and a completion, both text. This module
+knows nothing of tokens (see encoding.py). JSON Lines, JSON (an array of objects), CSV and Parquet files are read
+whole into memory; a name that is no file goes to `datasets.load_dataset`. A row that cannot be used is an error
+that names the file and the line; only blank lines of a JSON Lines file are passed over.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypedDict
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmattrib.config import DataConfig
+from llmattrib.errors import DataError, EmptyDatasetError, MissingFieldError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+_SCHEMA = pa.schema([("id", pa.string()), ("prompt", pa.string()), ("completion", pa.string())])
+
+
+class Message(TypedDict):
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example.
+
+    Args:
+        index: its row in the data set it was read from, from 0.
+        id: its unique name.
+        prompt: the turns before the completion, at least one.
+        completion: the text that was trained on.
+    """
+
+    index: int
+    id: str
+    prompt: tuple[Message, ...]
+    completion: str
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt for display: its last user turn, or all turns joined when there is none."""
+        for message in reversed(self.prompt):
+            if message["role"] == "user":
+                return message["content"]
+        return "\n".join(message["content"] for message in self.prompt)
+
+
+def user_message(text: str) -> tuple[Message, ...]:
+    """Return a plain prompt as messages."""
+    return (Message(role="user", content=text),)
+
+
+def load_examples(config: DataConfig) -> list[Example]:
+    """Read the training examples that `config` names.
+
+    Args:
+        config: `train` is a file or the name of a `datasets` data set, `NAME` or `NAME:CONFIGURATION`.
+
+    Returns:
+        The first `limit` examples (all when null), in the order of the file.
+
+    Raises:
+        EmptyDatasetError: there is no such file or data set, or it has no rows.
+        MissingFieldError: a row has no usable prompt, completion, messages or id.
+        DataError: the file cannot be parsed, or two rows have the same id.
+    """
+    examples: list[Example] = []
+    places: dict[str, str] = {}
+    for place, row in islice(_rows(config), config.limit):
+        example = _example(len(examples), place, row, config)
+        if example.id in places:
+            raise DataError(
+                f"{place} has the id {example.id!r} of {places[example.id]}",
+                expected="a unique id for each row",
+                fix="correct the ids, or set data.id to null to number the rows",
+            )
+        places[example.id] = place
+        examples.append(example)
+    if not examples:
+        raise EmptyDatasetError(
+            f"{config.train} has no rows", expected="one or more rows", fix="check data.train and data.split"
+        )
+    return examples
+
+
+def save_examples(examples: Sequence[Example], path: str | Path) -> None:
+    """Write examples to a Parquet file (columns id, prompt as JSON messages, completion), atomically when local.
+
+    The same examples give the same bytes.
+    """
+    table = pa.table(
+        {
+            "id": [example.id for example in examples],
+            "prompt": [json.dumps(example.prompt, ensure_ascii=False) for example in examples],
+            "completion": [example.completion for example in examples],
+        },
+        schema=_SCHEMA,
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", use_dictionary=False)
+    text = str(path)
+    if "://" in text:
+        with fsspec.open(text, "wb") as file:
+            file.write(buffer.getvalue())
+        return
+    target = Path(text)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary.write_bytes(buffer.getvalue())
+    os.replace(temporary, target)
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Read what `save_examples` wrote; `index` is the row in that file.
+
+    Raises:
+        EmptyDatasetError: there is no such file.
+        DataError: it is not such a file.
+    """
+    try:
+        with fsspec.open(str(path), "rb") as file:
+            table = pq.read_table(io.BytesIO(file.read()))
+    except FileNotFoundError as error:
+        raise EmptyDatasetError(f"there is no file {path}", fix="run `llmattrib build` first") from error
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} is not a Parquet file: {error}", fix="delete it and build again") from error
+    if table.schema.remove_metadata() != _SCHEMA:
+        raise DataError(
+            f"{path} has the columns {table.column_names}",
+            expected=f"text columns {_SCHEMA.names}",
+            fix="delete it and build again",
+        )
+    return [
+        Example(index, row["id"], tuple(json.loads(row["prompt"])), row["completion"])
+        for index, row in enumerate(table.to_pylist())
+    ]
+
+
+def data_fingerprint(examples: Sequence[Example]) -> str:
+    """Return the sha256 (hex) over ids, prompts and completions in order."""
+    state = hashlib.sha256()
+    for example in examples:
+        row = [example.id, [[turn["role"], turn["content"]] for turn in example.prompt], example.completion]
+        state.update(json.dumps(row, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
+    return state.hexdigest()
+
+
+def _rows(config: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (place to name in errors, row)."""
+    path = Path(config.train)
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise DataError(
+                f"{path} has the suffix {path.suffix!r}", expected=f"one of {', '.join(SUFFIXES)}", fix="convert it"
+            )
+        try:
+            yield from _READERS[path.suffix](path)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text ({error})", fix="convert it to UTF-8") from error
+    elif path.suffix in SUFFIXES:
+        raise EmptyDatasetError(f"there is no file {path}", fix="check data.train; paths are relative to where you are")
+    else:
+        yield from _hub_rows(config)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                place = f"{path} line {number}"
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{place} is not JSON: {error}", expected="one JSON object a line") from error
+                yield place, _mapping(row, place)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} line {error.lineno} is not JSON: {error.msg}", expected="an array of objects"
+        ) from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path} holds a {type(rows).__name__}", expected="an array of objects")
+    for number, row in enumerate(rows, start=1):
+        place = f"{path} item {number}"
+        yield place, _mapping(row, place)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                place = f"{path} line {reader.line_num}"
+                if None in row:
+                    raise DataError(f"{place} has more cells than the header", expected=f"{len(row) - 1} cells")
+                yield place, row
+        except csv.Error as error:
+            raise DataError(f"{path} line {reader.line_num} is not CSV: {error}", fix="correct the quoting") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} is not a Parquet file: {error}", fix="check data.train") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{path} row {number}", row
+
+
+_READERS = {
+    ".jsonl": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+
+
+def _hub_rows(config: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import datasets  # noqa: PLC0415  (a second to import, and files do not need it)
+
+    name, _, configuration = config.train.partition(":")
+    try:
+        dataset = datasets.load_dataset(name, configuration or None, split=config.split)
+    except (OSError, ValueError) as error:
+        raise EmptyDatasetError(
+            f"{config.train} is no file, and `datasets` cannot load it: {str(error).strip().splitlines()[0]}",
+            expected=f"a {', '.join(SUFFIXES)} file or the name of a data set with a split {config.split!r}",
+            fix="check data.train, data.split and the network",
+        ) from error
+    for number, row in enumerate(dataset, start=1):
+        yield f"{config.train} row {number}", row
+
+
+def _mapping(row: object, place: str) -> Mapping[str, Any]:
+    if not isinstance(row, dict):
+        raise MissingFieldError(f"{place} is a {type(row).__name__}", expected="a JSON object with named fields")
+    return row
+
+
+def _example(index: int, place: str, row: Mapping[str, Any], config: DataConfig) -> Example:
+    if config.messages is not None:
+        turns = _messages(row, config.messages, place)
+        if turns[-1]["role"] != "assistant" or len(turns) < 2:
+            raise MissingFieldError(
+                f"{place}: {config.messages!r} has the roles {[turn['role'] for turn in turns]}",
+                expected="one or more turns, then the assistant turn that was trained on",
+            )
+        prompt, completion = turns[:-1], turns[-1]["content"]
+    else:
+        prompt = _prompt(row, config.prompt, place)
+        completion = _completion(row, config.completion, place)
+    if not completion.strip() or not any(turn["content"].strip() for turn in prompt):
+        which = "prompt" if completion.strip() else "completion"
+        raise MissingFieldError(f"{place} has an empty {which}", expected="some text", fix="correct or remove the row")
+    if config.id is None:
+        return Example(index, str(index), prompt, completion)
+    identifier = _field(row, config.id, place)
+    if not isinstance(identifier, str | int) or not str(identifier).strip():
+        raise MissingFieldError(f"{place}: {config.id!r} is {identifier!r}", expected="text or a whole number")
+    return Example(index, str(identifier), prompt, completion)
+
+
+def _field(row: Mapping[str, Any], name: str, place: str) -> Any:
+    if row.get(name) is None:
+        state = "is null" if name in row else "is missing"
+        raise MissingFieldError(
+            f"{place}: the field {name!r} {state} (fields: {', '.join(map(str, row)) or 'none'})",
+            expected="every row to have it",
+            fix="correct the row, or name the right field in the config's data section",
+        )
+    return row[name]
+
+
+def _prompt(row: Mapping[str, Any], name: str, place: str) -> tuple[Message, ...]:
+    value = _field(row, name, place)
+    return user_message(value) if isinstance(value, str) else _messages(row, name, place)
+
+
+def _completion(row: Mapping[str, Any], name: str, place: str) -> str:
+    value = _field(row, name, place)
+    if isinstance(value, list) and len(value) == 1:  # the conversational form: one assistant turn
+        return _messages(row, name, place)[0]["content"]
+    if not isinstance(value, str):
+        raise MissingFieldError(f"{place}: {name!r} is a {type(value).__name__}", expected="text", fix="quote it")
+    return value
+
+
+def _messages(row: Mapping[str, Any], name: str, place: str) -> tuple[Message, ...]:
+    value = _field(row, name, place)
+    if isinstance(value, str):  # CSV cells hold messages as JSON
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            value = None
+    if not isinstance(value, list) or not value:
+        raise MissingFieldError(f"{place}: {name!r} holds no messages", expected="a list of {role, content}")
+    turns = []
+    for number, turn in enumerate(value, start=1):
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise MissingFieldError(f"{place}: turn {number} of {name!r} is {turn!r}", expected="text role and content")
+        turns.append(Message(role=turn["role"], content=turn["content"]))
+    return tuple(turns)
