@@ -227,6 +227,10 @@ class RunLayout:
         """What the index of `method` was made from."""
         return self.path("index", f"{method}.json")
 
+    def index_sample(self, method: str) -> str:
+        """A sample of the representers of `method`, for the size of all values together."""
+        return self.path("index", f"{method}.sample.npy")
+
 
 def parse_override(text: str) -> tuple[list[str], Any]:
     """Split `section.key=value` into its key path and its value read as YAML.

@@ -1,0 +1,156 @@
+"""What the command line shows: errors in three parts, progress bars, tables of hits and methods.
+
+Progress and errors go to stderr, results to stdout, so that `--json` can be piped. Text from data sets is shown with
+control characters replaced, so a training example cannot drive the terminal. Knows nothing of models or stores.
+"""
+
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from llmattrib.errors import LlmattribError
+from llmattrib.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from llmattrib.query import Hit, Hits
+
+EXIT_CODE = 2
+INTERRUPTED = 130
+MIN_TEXT_WIDTH = 20
+
+
+def print_error(error: LlmattribError, console: Console) -> None:
+    """Print what was found, what was expected and what to do."""
+    console.print(Text.assemble(("error: ", "bold red"), printable(error.found, keep_newlines=True)))
+    for label, part in (("expected: ", error.expected), ("to fix: ", error.fix)):
+        if part:
+            console.print(Text.assemble("  ", (label, "bold"), printable(part, keep_newlines=True)))
+
+
+@contextmanager
+def reporting(debug: bool) -> Iterator[None]:
+    """Turn an error the package raised on purpose into a message and exit code 2; any other one is a bug and passes.
+
+    Args:
+        debug: print the traceback too.
+    """
+    try:
+        yield
+    except LlmattribError as error:
+        console = Console(stderr=True)
+        if debug:
+            console.print(traceback.format_exc(), markup=False, highlight=False, soft_wrap=True)
+        print_error(error, console)
+        raise typer.Exit(EXIT_CODE) from error
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\nStopped. What was finished is kept: the same command goes on from there.")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+class _Rate(ProgressColumn):
+    """Units a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.1f}/s" if speed < 100 else f"{speed:,.0f}/s", style="cyan")
+
+
+@contextmanager
+def bar(description: str, *, show: bool) -> Iterator[Progress]:
+    """Show a progress bar with rate and time left on stderr while a stage runs.
+
+    Args:
+        description: what is counted, e.g. "build, examples".
+        show: false gives a silent callback; so does a stderr that is no terminal.
+
+    Yields:
+        The callback to give to the stage.
+    """
+    if not show or not sys.stderr.isatty():
+        yield silent
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def printable(text: str, *, keep_newlines: bool = False) -> str:
+    """Return `text` with control characters, and newlines unless kept, replaced by a blank."""
+    return "".join(c if c.isprintable() or (keep_newlines and c == "\n") else " " for c in text)
+
+
+def example_text(prompt: str, completion: str, width: int) -> Text:
+    """Return `prompt → completion` in at most `width` cells, the completion marked.
+
+    The completion keeps at least half of the room it needs; the prompt loses its beginning, which examples of a data
+    set often share.
+    """
+    prompt, completion = " ".join(printable(prompt).split()), " ".join(printable(completion).split())
+    tail = Text(completion, style="bold underline")
+    room = max(width, MIN_TEXT_WIDTH) - 3
+    head = Text(prompt)
+    if head.cell_len + tail.cell_len > room:
+        tail.truncate(max(room // 2, room - head.cell_len), overflow="ellipsis")
+        cells = room - tail.cell_len
+        while head.cell_len > cells:
+            head = Text("…" + head.plain.removeprefix("…")[max(1, head.cell_len - cells) :])
+    return Text.assemble(head, (" → ", "dim"), tail)
+
+
+def print_hits(hits: "Hits", console: Console) -> None:
+    """Print the tables of the most helpful and the most harmful examples of one query."""
+    source = "generated" if hits.generated else "given"
+    width = console.width
+    console.print(example_text(hits.prompt, hits.completion, width - 13), f"[dim]({source})[/dim]", highlight=False)
+    sums = "exact" if hits.shares_exact else "estimated from a sample"
+    console.print(
+        f"[bold]{hits.method}[/bold]{' reranked with exact gradients' if hits.reranked else ''}: "
+        f"{hits.num_examples:,} examples, values sum to {hits.total:+.4g}; share = value / sum of |value| ({sums})",
+        highlight=False,
+    )
+    for title, style, rows in (("helpful", "green", hits.helpful), ("harmful", "red", hits.harmful)):
+        if rows:
+            console.print(_hits_table(title, style, rows, width))
+        else:
+            console.print(f"No {title} examples.")
+
+
+def _hits_table(title: str, style: str, rows: "Sequence[Hit]", width: int) -> Table:
+    table = Table(title=f"Most {title}", title_style=f"bold {style}", title_justify="left", box=None, pad_edge=False)
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("value", justify="right", style=style)
+    table.add_column("share", justify="right")
+    id_width = min(max(len(printable(hit.id)) for hit in rows), max(width // 4, 8))
+    table.add_column("id", width=id_width, no_wrap=True, overflow="ellipsis")
+    table.add_column("example", no_wrap=True, overflow="ellipsis")
+    used = 2 * 4 + max(len(str(len(rows))), 1) + 9 + 6 + id_width
+    for hit in rows:
+        text = example_text(hit.prompt, hit.completion, width - used)
+        table.add_row(str(hit.rank), f"{hit.value:+.3g}", f"{hit.share:+.1%}", printable(hit.id), text)
+    return table
