@@ -130,7 +130,8 @@ class VectorIndex:
     def sum_of_magnitudes(self, queries: Float[np.ndarray, "q d"]) -> Float[np.ndarray, " q"]:
         """Return the sum of |inner product| over all examples, estimated from a fixed sample above 4,096 of them."""
         scale = self.num_rows / len(self._sample)
-        return (scale * np.abs(queries @ self._sample.T).sum(1, dtype=np.float64)).astype(np.float32)
+        total = np.abs(np.matmul(queries, self._sample.T)).sum(1, dtype=np.float64)
+        return np.asarray(scale * total, dtype=np.float32)
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if self._gpu_index is not None and k <= MAX_GPU_HITS:
@@ -256,10 +257,14 @@ def _check_current(path: str, manifest: dict[str, Any], store: RowStore, config:
     wanted = _build_settings(config)
     if manifest["settings"] != wanted:
         raise StaleIndexError(
-            f"{path} was built with {manifest['settings']}",
-            expected=f"{wanted}, as the config says",
+            f"{path} was built with {_named(manifest['settings'])}",
+            expected=f"{_named(wanted)}, as the config says",
             fix="run `llmattrib index` again, or restore the settings",
         )
+
+
+def _named(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={settings[name]}" for name in sorted(settings))
 
 
 def _fill(store: RowStore, config: RunConfig, progress: Progress) -> tuple[Any, np.ndarray]:

@@ -1,0 +1,291 @@
+"""The index against plain inner products: values, order, harmful side, shares, reuse, staleness, damage."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+
+from llmattrib.config import IndexConfig, RunConfig, validate_config
+from llmattrib.errors import ConfigError, CorruptShardError, IncompleteStoreError, StaleIndexError, StoreNotFoundError
+from llmattrib.index import SAMPLE_ROWS, build_index, open_index
+from llmattrib.manifest import Manifest
+from llmattrib.rng import stream
+from llmattrib.store import RowStore
+
+
+def make_run(tmp_path: Path, name: str = "run", **index: Any) -> RunConfig:
+    tree = {"run_dir": str(tmp_path / name), "model": {"name": "m"}, "data": {"train": "d.jsonl"}, "index": index}
+    return validate_config(tree)
+
+
+def write_representers(config: RunConfig, rows: np.ndarray, seed: str = "a", shards: int | None = None) -> None:
+    n, c, p = rows.shape
+    manifest = Manifest("representers", n, c, p, "float32", 1024 if n > 1000 else 16, fingerprint={"seed": seed})
+    store = RowStore.create(config.layout.representers("trak"), manifest)
+    for shard in store.pending()[:shards]:
+        start, stop = store.shard_range(shard)
+        store.write_shard(shard, rows[start:stop], {})
+
+
+def draw(n: int, c: int, p: int, seed: int = 0) -> np.ndarray:
+    return stream(seed, "test index").standard_normal((n, c, p)).astype(np.float32)
+
+
+def clustered(n: int, dim: int) -> np.ndarray:
+    """Rows as real ones are: a spectrum that falls off, in groups, of unequal length."""
+    generator = stream(1, "test index")
+    spectrum = 1 / np.sqrt(1 + np.arange(dim))
+    centers = generator.standard_normal((50, dim)) * spectrum
+    rows = centers[generator.integers(50, size=n)] + 0.5 * generator.standard_normal((n, dim)) * spectrum
+    return (rows * generator.uniform(0.5, 1.5, (n, 1))).astype(np.float32)[:, None]
+
+
+@pytest.mark.parametrize(("n", "c", "p"), [(50, 1, 24), (50, 3, 8), (7, 2, 5)])
+def test_flat_search_equals_sorted_inner_products(tmp_path: Path, n: int, c: int, p: int) -> None:
+    config = make_run(tmp_path)
+    rows, queries = draw(n, c, p), draw(4, c, p, seed=1).reshape(4, -1)
+    write_representers(config, rows)
+    result = build_index(config, "trak")
+    assert (result.num_rows, result.dim, result.kind, result.is_reused) == (n, c * p, "flat", False)
+    index = open_index(config, "trak")
+    exact = queries.astype(np.float64) @ rows.reshape(n, -1).T.astype(np.float64)
+    for largest in (True, False):
+        scores, found = index.search(queries, 6, largest=largest)
+        expected = np.argsort(-exact if largest else exact, axis=1)[:, :6]
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_allclose(scores, np.take_along_axis(exact, expected, axis=1), rtol=1e-5, atol=1e-5)
+    assert index.is_sum_exact
+    np.testing.assert_allclose(index.sum_of_magnitudes(queries), np.abs(exact).sum(1), rtol=1e-5)
+
+
+def test_more_hits_than_rows_gives_every_row_once(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    write_representers(config, draw(9, 1, 4))
+    build_index(config, "trak")
+    scores, found = open_index(config, "trak").search(draw(2, 1, 4).reshape(2, 4), 50)
+    assert scores.shape == (2, 9)
+    assert sorted(found[1].tolist()) == list(range(9))
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_equal_values_are_ordered_by_row(tmp_path: Path, largest: bool) -> None:
+    config = make_run(tmp_path)
+    write_representers(config, np.ones((40, 1, 4), np.float32))
+    build_index(config, "trak")
+    _, found = open_index(config, "trak").search(np.ones((1, 4), np.float32), 40, largest=largest)
+    assert found[0].tolist() == list(range(40))
+
+
+def test_vectors_are_the_stored_representers(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    rows = draw(40, 2, 4)
+    write_representers(config, rows)
+    build_index(config, "trak")
+    wanted = np.array([39, 0, 17])
+    np.testing.assert_array_equal(open_index(config, "trak").vectors(wanted), rows[wanted].reshape(3, -1))
+    assert open_index(config, "trak").vectors(wanted[:0]).shape == (0, 8)
+
+
+def test_share_denominator_is_estimated_from_a_fixed_sample_above_its_size(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    n = 2 * SAMPLE_ROWS
+    rows, query = draw(n, 1, 8), draw(1, 1, 8, seed=1).reshape(1, 8)
+    write_representers(config, rows)
+    build_index(config, "trak")
+    index = open_index(config, "trak")
+    magnitudes = np.abs(rows.reshape(n, 8) @ query[0])
+    assert not index.is_sum_exact
+    estimate = index.sum_of_magnitudes(query)[0]
+    standard_error = magnitudes.std() * n / np.sqrt(SAMPLE_ROWS) * np.sqrt(1 - SAMPLE_ROWS / n)
+    assert abs(estimate - magnitudes.sum()) < 4 * standard_error
+    assert estimate != pytest.approx(magnitudes.sum(), rel=1e-6)
+    sample = np.load(config.layout.index_sample("trak"))
+    assert len(np.unique(sample, axis=0)) == SAMPLE_ROWS
+    assert set(map(bytes, sample)) <= set(map(bytes, rows.reshape(n, 8)))
+
+
+APPROXIMATE = {
+    "hnsw": {"kind": "hnsw", "hnsw_neighbors": 16, "hnsw_ef_construction": 80, "hnsw_ef_search": 128},
+    "ivfpq": {"kind": "ivfpq", "ivf_lists": 32, "ivf_probes": 12, "pq_subquantizers": 8},
+}
+
+
+@pytest.mark.parametrize("kind", APPROXIMATE)
+def test_approximate_index_finds_nearly_all_with_exact_values(tmp_path: Path, kind: str) -> None:
+    config = make_run(tmp_path, **APPROXIMATE[kind])
+    rows = clustered(10_000, 16)
+    queries = clustered(40, 16).reshape(40, -1)
+    write_representers(config, rows)
+    assert build_index(config, "trak").kind == kind
+    index = open_index(config, "trak")
+    exact = queries @ rows.reshape(len(rows), -1).T
+    for largest in (True, False):
+        scores, found = index.search(queries, 10, largest=largest)
+        best = np.argsort(-exact if largest else exact, axis=1)[:, :10]
+        recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), best.tolist(), strict=True)])
+        assert recall > 0.9, (kind, largest, recall)
+        np.testing.assert_allclose(scores, np.take_along_axis(exact, found, axis=1), rtol=1e-4, atol=1e-4)
+        assert (np.diff(scores if largest else -scores, axis=1) <= 0).all()
+
+
+def test_ivfpq_that_finds_too_few_fills_up_with_row_minus_one(tmp_path: Path) -> None:
+    config = make_run(tmp_path, kind="ivfpq", ivf_lists=200, ivf_probes=1, pq_subquantizers=4)
+    rows = clustered(10_000, 8)
+    write_representers(config, rows)
+    build_index(config, "trak")
+    scores, found = open_index(config, "trak").search(clustered(1, 8).reshape(1, -1), 2_000)
+    missing = found[0] < 0
+    assert 0 < missing.sum() < 2_000
+    assert not missing[: (~missing).sum()].any(), "found rows come first"
+    assert (scores[0][missing] == -np.inf).all()
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
+def test_two_builds_give_the_same_bytes(tmp_path: Path, kind: str) -> None:
+    files = []
+    for name in ("one", "two"):
+        config = make_run(tmp_path, name, **APPROXIMATE.get(kind, {}))
+        write_representers(config, clustered(10_000, 16))
+        faiss.omp_set_num_threads(2)  # building takes one all the same
+        build_index(config, "trak")
+        assert faiss.omp_get_max_threads() == 2
+        faiss.omp_set_num_threads(1)
+        layout = config.layout
+        paths = layout.index("trak"), layout.index_sample("trak"), layout.index_manifest("trak")
+        files.append([Path(path).read_bytes() for path in paths])
+    assert files[0] == files[1]
+
+
+def test_finished_index_is_reused_and_one_of_other_settings_is_replaced(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    write_representers(config, draw(30, 1, 8))
+    build_index(config, "trak")
+    path = Path(config.layout.index("trak"))
+    written = path.stat().st_mtime_ns
+    again = build_index(config, "trak")
+    assert again.is_reused
+    assert again.num_bytes == path.stat().st_size
+    assert path.stat().st_mtime_ns == written
+    hnsw = config.model_copy(update={"index": IndexConfig(kind="hnsw")})
+    assert not build_index(hnsw, "trak").is_reused
+    with pytest.raises(StaleIndexError, match=r"was built with hnsw_ef.*, kind=hnsw\n  expected: kind=flat, as"):
+        open_index(config, "trak")
+    searching = hnsw.model_copy(update={"index": IndexConfig(kind="hnsw", hnsw_ef_search=7)})
+    assert build_index(searching, "trak").is_reused, "what only a search reads does not make an index stale"
+
+
+def test_index_of_other_representers_is_stale(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    write_representers(config, draw(30, 1, 8))
+    build_index(config, "trak")
+    path = Path(config.layout.representers("trak"))
+    path.rename(path.with_name("old"))
+    write_representers(config, draw(30, 1, 8, seed=1))
+    with pytest.raises(StaleIndexError, match=r"trak\.faiss was built from other representers"):
+        open_index(config, "trak")
+    assert not build_index(config, "trak").is_reused
+    open_index(config, "trak")
+
+
+def test_stages_out_of_order(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    with pytest.raises(StoreNotFoundError, match="run `llmattrib reduce` first"):
+        build_index(config, "trak")
+    with pytest.raises(StoreNotFoundError, match=r"there is no index at .*\n.*\n.*run `llmattrib index` first"):
+        open_index(config, "trak")
+    write_representers(config, draw(40, 1, 8), shards=1)
+    with pytest.raises(IncompleteStoreError, match="lacks 2 of 3 shards"):
+        build_index(config, "trak")
+
+
+def test_interrupted_build_leaves_no_index(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    write_representers(config, draw(40, 1, 8))
+    build_index(config, "trak")
+    other = config.model_copy(update={"index": IndexConfig(kind="hnsw")})
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_index(other, "trak", stop)
+    with pytest.raises(StoreNotFoundError, match="there is no index"):
+        open_index(config, "trak")
+    assert not build_index(config, "trak").is_reused
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "zeroed"])
+def test_damaged_index_is_named(tmp_path: Path, damage: str) -> None:
+    config = make_run(tmp_path)
+    write_representers(config, draw(30, 1, 8))
+    build_index(config, "trak")
+    path = Path(config.layout.index("trak"))
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-5] if damage == "truncated" else bytes(len(data)))
+    with pytest.raises(CorruptShardError, match=r"trak\.faiss is missing or not whole"):
+        open_index(config, "trak")
+
+
+def test_missing_sample_is_named(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    write_representers(config, draw(30, 1, 8))
+    build_index(config, "trak")
+    Path(config.layout.index_sample("trak")).unlink()
+    with pytest.raises(CorruptShardError, match=r"trak\.sample\.npy is missing"):
+        open_index(config, "trak")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 0}'])
+def test_unreadable_manifest_is_no_index(tmp_path: Path, text: str) -> None:
+    config = make_run(tmp_path)
+    write_representers(config, draw(30, 1, 8))
+    build_index(config, "trak")
+    Path(config.layout.index_manifest("trak")).write_text(text)
+    with pytest.raises(StoreNotFoundError, match="there is no index"):
+        open_index(config, "trak")
+    assert not build_index(config, "trak").is_reused
+    assert json.loads(Path(config.layout.index_manifest("trak")).read_text())["num_rows"] == 30
+
+
+def test_ivfpq_with_too_few_examples_or_a_misfit_says_what_fits(tmp_path: Path) -> None:
+    config = make_run(tmp_path, kind="ivfpq", ivf_lists=16)
+    write_representers(config, draw(300, 1, 12))
+    with pytest.raises(ConfigError, match=r"and 300 examples\n  expected: 9,984 examples.*\n.*index\.kind=flat"):
+        build_index(config, "trak")
+    config = make_run(tmp_path, "other", kind="ivfpq", ivf_lists=16, pq_subquantizers=5)
+    write_representers(config, clustered(10_000, 12))
+    with pytest.raises(ConfigError, match=r"does not divide the 12 dimensions\n  expected: one of 1, 2, 3, 4, 6, 12"):
+        build_index(config, "trak")
+
+
+def test_index_on_a_url(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    config = config.model_copy(update={"run_dir": "memory://test_index"})
+    rows, queries = draw(50, 1, 8), draw(2, 1, 8, seed=1).reshape(2, 8)
+    write_representers(config, rows)
+    build_index(config, "trak")
+    _, found = open_index(config, "trak").search(queries, 1)
+    np.testing.assert_array_equal(found[:, 0], (queries @ rows.reshape(50, 8).T).argmax(1))
+    assert build_index(config, "trak").is_reused
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["flat", "ivfpq"])
+def test_gpu_search_equals_cpu_search(tmp_path: Path, kind: str) -> None:
+    assert faiss.get_num_gpus() > 0
+    config = make_run(tmp_path, **APPROXIMATE.get(kind, {}))
+    rows, queries = clustered(10_000, 16), clustered(8, 16).reshape(8, -1)
+    write_representers(config, rows)
+    build_index(config, "trak")
+    index = open_index(config, "trak")
+    on_gpu = index.search(queries, 10)
+    index._gpu_index = None
+    on_cpu = index.search(queries, 10)
+    np.testing.assert_array_equal(on_gpu[1], on_cpu[1])
+    np.testing.assert_allclose(on_gpu[0], on_cpu[0], rtol=1e-4)
