@@ -1,0 +1,150 @@
+"""The exclusive right to write a store: a file beside it that names its holder.
+
+The file is created in one step with its content. A holder that is known to be dead (its process on this host is
+gone, or Slurm has restarted the very job that held it) loses the lock to the next comer. The lock is advisory and
+cannot tell whether a process on another host lives: then a person decides, and the message says how.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from llmattrib.errors import StoreLockedError
+from llmattrib.storage import PARTIAL, local_path, named_errors, read_bytes, remote, remove
+
+
+def _started(pid: int) -> str:
+    """Boot and start time of a process, so that a reused pid is not taken for its former owner; "" if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return f"{boot}:{fields[19]}"
+    except OSError:
+        return ""
+
+
+def _owner() -> dict[str, str | int]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+        "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+    }
+
+
+def _is_stale(owner: dict[str, Any], me: dict[str, Any]) -> bool:
+    """Say whether the holder of a lock is known to be dead."""
+    same_job = owner.get("slurm_job") and owner["slurm_job"] == me["slurm_job"]
+    if same_job and owner.get("slurm_restart", 0) < me["slurm_restart"]:
+        return True  # Slurm requeued the job, perhaps to another host
+    if owner.get("host") != me["host"] or not isinstance(owner.get("pid"), int):
+        return False
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return bool(owner.get("started")) and owner["started"] != _started(owner["pid"])
+
+
+def _locked_error(path: str, lock: str, owner: dict[str, Any]) -> StoreLockedError:
+    who = f"process {owner['pid']} on {owner['host']}" if "pid" in owner and "host" in owner else "another process"
+    return StoreLockedError(
+        f"{path} is being written by {who}",
+        expected="one build on a store at a time",
+        fix=f"wait for it to end; if that process is known to be gone, delete {lock}",
+    )
+
+
+def _parse_owner(data: bytes) -> dict[str, Any]:
+    try:
+        owner = json.loads(data)
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _take_local(path: str, lock: Path, mine: bytes) -> None:
+    """Create `lock` with its content in one step, or take it over from a dead holder."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    partial = lock.with_name(f".{lock.name}.{uuid.uuid4().hex}{PARTIAL}")
+    partial.write_bytes(mine)
+    try:
+        os.link(partial, lock)
+        return
+    except FileExistsError:
+        pass
+    finally:
+        partial.unlink()
+    with contextlib.suppress(FileNotFoundError), lock.open("r+b") as file:
+        # flock: of several processes that find the same dead holder, one replaces its name and the others see that.
+        fcntl.flock(file, fcntl.LOCK_EX)
+        owner = _parse_owner(file.read())
+        if not _is_stale(owner, json.loads(mine)) or os.fstat(file.fileno()).st_nlink == 0:
+            raise _locked_error(path, str(lock), owner)
+        file.seek(0)
+        file.write(mine)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+        return
+    raise _locked_error(path, str(lock), {})  # freed between the two steps: as good as locked, a rerun takes it
+
+
+def _take_remote(path: str, lock: str, mine: bytes) -> None:
+    filesystem, inner = remote(lock)
+    try:
+        filesystem.pipe_file(inner, mine, mode="create")
+    except FileExistsError:
+        filesystem.invalidate_cache(inner)
+        owner = _parse_owner(bytes(filesystem.cat_file(inner)))
+        if not _is_stale(owner, json.loads(mine)):
+            raise _locked_error(path, lock, owner) from None
+        filesystem.pipe_file(inner, mine)
+
+
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Hold the exclusive right to write the store at `path`; the lock file lies beside it, at `path` + `.lock`.
+
+    While it is held SIGTERM (a scheduler's time limit, a launcher that stops its workers) ends the process by
+    `SystemExit`, so that the lock is given back. SIGKILL leaves it, and the next process on this host takes it over.
+
+    Raises:
+        StoreLockedError: a live process, or one on another host, holds it.
+        StoreError: the lock file cannot be written.
+    """
+    lock, mine = path.rstrip("/") + ".lock", json.dumps(_owner(), sort_keys=True).encode()
+    local = local_path(lock)
+    with named_errors(lock):
+        if local is None:
+            _take_remote(path, lock, mine)
+        else:
+            _take_local(path, local, mine)
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM) if in_main else None
+    if before == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _exit_on_term)
+    try:
+        yield
+    finally:
+        if before == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with contextlib.suppress(FileNotFoundError):
+            if read_bytes(lock) == mine:
+                remove(lock)
+
+
+def _exit_on_term(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)

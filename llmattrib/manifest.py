@@ -1,0 +1,78 @@
+"""What a store holds and what its numbers depend on, as JSON beside the numbers.
+
+Two stores mix only when their manifests agree in everything but `info`. The module knows nothing of files.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+SCHEMA = 1
+SCALE = "scale"
+"""Name of the column that a store keeps for itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a store holds and what its numbers depend on.
+
+    Attributes:
+        kind: `features` or `representers`.
+        num_rows: n.
+        num_outputs: c, feature rows per example.
+        dim: p.
+        dtype: how rows are stored.
+        shard_size: rows a shard; a divisor near 64 makes good inner chunks.
+        columns: names of float32 scalars kept with each row; `scale` is the store's own.
+        fingerprint: everything that changes the numbers, as JSON; stores with different ones never mix.
+        info: what a reader needs or likes to know; not compared, and the stored one is kept on resume.
+    """
+
+    kind: Literal["features", "representers"]
+    num_rows: int
+    num_outputs: int
+    dim: int
+    dtype: Literal["float16", "float32"]
+    shard_size: int
+    columns: tuple[str, ...] = ()
+    fingerprint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Normalise to what JSON gives back, so that a stored manifest equals the one it was made from."""
+        assert min(self.num_rows, self.num_outputs, self.dim, self.shard_size) > 0
+        assert len({SCALE, *self.columns}) == 1 + len(self.columns)
+        for name in ("fingerprint", "info"):
+            object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name), sort_keys=True)))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all rows and columns on disk, without the few of chunk indexes and records."""
+        per_row = self.num_outputs * self.dim * np.dtype(self.dtype).itemsize + 4 * (1 + len(self.columns))
+        num_shards = -(-self.num_rows // self.shard_size)
+        return num_shards * self.shard_size * per_row  # the last shard is padded
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as it is stored."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self), "columns": list(self.columns)}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> "Manifest":
+        """Read back `to_json` of this schema."""
+        fields = {key: value for key, value in tree.items() if key != "schema"}
+        return cls(**{**fields, "columns": tuple(tree["columns"])})
+
+
+def differing(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return dotted key -> (stored, wanted) for every leaf that differs between two JSON mappings."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted({*stored, *wanted}):
+        old, new = stored.get(key), wanted.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found |= differing(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found[f"{prefix}{key}"] = (old, new)
+    return found

@@ -1,0 +1,217 @@
+"""Whole files at a path that is local or any fsspec URL: atomic writes, listings, free space.
+
+A write is complete or absent: locally a temporary file, fsync and rename; on an object store one put. Local paths
+never pass through fsspec. The module knows nothing about what the files hold.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from llmattrib.errors import DiskSpaceError, StoreError
+
+PARTIAL = ".partial"
+"""Suffix of temporary files; a killed process may leave some, and no reader looks at them."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def local_path(path: str) -> Path | None:
+    """Return `path` as a local path, or None when it is a URL of another file system."""
+    if path.startswith("file://"):
+        return Path(path.removeprefix("file://"))
+    return None if "://" in path else Path(path)
+
+
+def remote(path: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL and the path inside it.
+
+    Raises:
+        StoreError: fsspec does not know the protocol, or its package is not installed.
+    """
+    try:
+        filesystem, inner = fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise StoreError(
+            f"{path} cannot be reached: {error}",
+            expected="a local path or a URL that fsspec knows",
+            fix="correct the path, or install the package that fsspec names",
+        ) from error
+    return filesystem, inner
+
+
+@contextlib.contextmanager
+def named_errors(path: str) -> Iterator[None]:
+    """Turn an `OSError` about `path` into a `StoreError` that says what to do.
+
+    Raises:
+        DiskSpaceError: the disk or the quota is full.
+        StoreError: the path cannot be read or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _NO_SPACE:
+            raise DiskSpaceError(
+                f"{path} could not be written ({reason})",
+                fix="free space or raise the quota, then run the stage again: finished shards are kept",
+            ) from error
+        raise StoreError(
+            f"{path} could not be read or written ({reason})",
+            expected="a path this user may read and write",
+            fix="check the path, its permissions and that its disk is mounted for writing; finished shards are kept",
+        ) from error
+
+
+def atomic_write(path: str, data: bytes) -> None:
+    """Write `data` to `path` so that a reader or a crash never sees a part of it.
+
+    Args:
+        path: local or fsspec URL; missing parent folders are made.
+        data: the whole content.
+
+    Raises:
+        DiskSpaceError: the disk or the quota is full.
+        StoreError: the path cannot be written.
+    """
+    with named_errors(path):
+        target = local_path(path)
+        if target is None:
+            filesystem, inner = remote(path)
+            filesystem.pipe_file(inner, data)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}{PARTIAL}")
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        _sync_folder(target.parent)
+
+
+def sync_file(path: str) -> None:
+    """Force a local file and its folder entry to disk; an object store has done so when its put returned."""
+    target = local_path(path)
+    if target is None:
+        return
+    with named_errors(path):
+        handle = os.open(target, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def exists(path: str) -> bool:
+    """Say whether a file or folder is at `path`."""
+    target = local_path(path)
+    if target is not None:
+        return target.exists()
+    filesystem, inner = remote(path)
+    filesystem.invalidate_cache(inner)
+    return bool(filesystem.exists(inner))
+
+
+def read_bytes(path: str) -> bytes:
+    """Read a whole file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    target = local_path(path)
+    if target is not None:
+        return target.read_bytes()
+    filesystem, inner = remote(path)
+    return bytes(filesystem.cat_file(inner))
+
+
+def read_folder(folder: str, names: Sequence[str]) -> list[bytes]:
+    """Read the files `names` of one folder, concurrently where the file system allows it."""
+    target = local_path(folder)
+    if target is not None:
+        return [(target / name).read_bytes() for name in names]
+    filesystem, inner = remote(folder)
+    paths = [f"{inner}/{name}" for name in names]
+    contents = filesystem.cat(paths) if paths else {}
+    return [bytes(contents[path]) for path in paths]
+
+
+def list_names(folder: str) -> list[str]:
+    """Return the names in a folder, sorted, without temporary files; empty when there is no such folder."""
+    target = local_path(folder)
+    try:
+        if target is not None:
+            names = [entry.name for entry in os.scandir(target)]
+        else:
+            filesystem, inner = remote(folder)
+            filesystem.invalidate_cache(inner)
+            names = [item.rstrip("/").rsplit("/", 1)[-1] for item in filesystem.ls(inner, detail=False)]
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in names if not name.endswith(PARTIAL))
+
+
+def remove(path: str) -> None:
+    """Remove a file or a folder with all it holds; do nothing when it is absent."""
+    target = local_path(path)
+    with named_errors(path), contextlib.suppress(FileNotFoundError):
+        if target is None:
+            filesystem, inner = remote(path)
+            filesystem.rm(inner, recursive=True)
+        elif target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink()
+
+
+def remove_partial(folder: str) -> None:
+    """Remove the temporary files that killed writers left in one local folder (not below it)."""
+    target = local_path(folder)
+    if target is None or not target.is_dir():
+        return
+    with named_errors(folder):
+        for entry in list(os.scandir(target)):
+            if entry.name.endswith(PARTIAL):
+                Path(entry.path).unlink(missing_ok=True)
+
+
+def require_space(path: str, num_bytes: int) -> None:
+    """Check that `num_bytes` more would fit where `path` lies; object stores are taken as endless.
+
+    Raises:
+        DiskSpaceError: they would not.
+    """
+    target = local_path(path)
+    if target is None:
+        return
+    folder = target.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise DiskSpaceError(
+            f"{path} needs {num_bytes / 1e9:,.2f} GB more and {free / 1e9:,.2f} GB are free",
+            expected="enough space for the whole store before its first row is computed",
+            fix="free space, set run_dir on a larger disk, or make rows smaller (features.sketch.dim, dtype float16)",
+        )

@@ -1,0 +1,446 @@
+"""The row store: n rows of c outputs by p dimensions in Zarr v3, written shard by shard, resumable, checksummed.
+
+    features.zarr/
+      zarr.json            group; its attributes hold the manifest
+      rows/                [n, c, p] float16 or float32: one file a shard, inner chunks of at most 64 rows, crc32c
+      columns/             [n, 1 + k] float32: the row's scale, then the scalar columns; one file a shard, crc32c
+      vectors/<name>/      [c, p] float32, written whole
+      commits/<shard>.json {"shard", "rows", "checksum"}: the shard is finished
+
+A shard is a fixed run of rows with one writer, so rows need no lock. Its record is created, in one step, after its
+data is on disk: what has no record is not there, and is written again. Neither time, host nor rank is stored, so the
+bytes depend on the rows alone. Stored values are `row / scale` with a power of two as the scale, so float16 costs
+2^-11 of an entry or 2^-38 of the row's largest, whichever is more, and a row read and written again is the same.
+Nothing is compressed: sketches in float16 have no slack (zstd saves under 8 % and halves the speed).
+
+Limits: the number of rows is fixed when a store is made. Random access reads an inner chunk (about 64 rows).
+Only the manifest and one listing of commits/ are read to open a store. This module alone imports zarr.
+Source: Zarr v3 core specification and its sharding_indexed and crc32c codecs.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import zarr
+from jaxtyping import Float
+from zarr.codecs import Crc32cCodec
+from zarr.storage import FsspecStore, LocalStore
+
+from llmattrib import storage
+from llmattrib.errors import (
+    CorruptShardError,
+    FingerprintMismatchError,
+    IncompleteStoreError,
+    StoreError,
+    StoreNotFoundError,
+)
+from llmattrib.manifest import SCALE, SCHEMA, Manifest, differing
+from llmattrib.quantize import quantize
+
+CHUNK_ROWS = 64
+_KEY = "llmattrib"
+
+
+class Problem(NamedTuple):
+    """One finding of `RowStore.verify`; `shard` is -1 for what belongs to no shard."""
+
+    shard: int
+    what: str
+
+
+def _checksum(rows: np.ndarray, columns: np.ndarray) -> str:
+    """blake2b of the decoded bytes of a shard: rows as stored, then columns."""
+    hasher = hashlib.blake2b(np.ascontiguousarray(rows).data, digest_size=32)
+    hasher.update(np.ascontiguousarray(columns).data)
+    return hasher.hexdigest()
+
+
+def _zarr_store(path: str, read_only: bool) -> LocalStore | FsspecStore:
+    local = storage.local_path(path)
+    return LocalStore(local, read_only=read_only) if local else FsspecStore.from_url(path, read_only=read_only)
+
+
+def _read_attributes(path: str) -> dict[str, Any] | None:
+    """Return the attributes of the group at `path`, or None when there is no group."""
+    try:
+        with storage.named_errors(path):
+            try:
+                data = storage.read_bytes(f"{path}/zarr.json")
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return dict(json.loads(data).get("attributes", {}))
+    except ValueError as error:
+        raise StoreError(
+            f"{path}/zarr.json is not JSON", fix="restore it from a copy, or delete the store and run the stage again"
+        ) from error
+
+
+class RowStore:
+    """Features or representers on disk. Make one by `create` (to write) or `open` (to read)."""
+
+    def __init__(self, path: str, manifest: Manifest, read_only: bool) -> None:
+        self.path, self.manifest = path, manifest
+        self._read_only = read_only
+        self._committed: set[int] = set()
+        mode: Literal["r", "r+"] = "r" if read_only else "r+"
+        # Naming the format and refusing consolidated metadata saves the look-ups of older layouts.
+        self._group = zarr.open_group(_zarr_store(path, read_only), mode=mode, zarr_format=3, use_consolidated=False)
+        self._rows, self._columns = self._array("rows"), self._array("columns")
+        self.refresh()
+
+    @classmethod
+    def create(cls, path: str, manifest: Manifest) -> "RowStore":
+        """Make the store, or resume the one that is there; by one process, before others open it.
+
+        Args:
+            path: local path or fsspec URL.
+            manifest: what the store is to hold. When resuming, the stored `info` is kept.
+
+        Raises:
+            FingerprintMismatchError: a store with other settings is there; names the differing keys.
+            DiskSpaceError: the rows that are missing would not fit.
+            StoreError: something else is at `path`, or it cannot be written.
+        """
+        path = path.rstrip("/")
+        attributes = _read_attributes(path)
+        if attributes is None or _KEY not in attributes:
+            if storage.exists(f"{path}/rows/c"):
+                raise StoreError(
+                    f"{path} holds Zarr data without a manifest",
+                    expected="an empty place or a store made by llmattrib",
+                    fix="move it away or name another run_dir",
+                )
+            storage.require_space(path, manifest.num_bytes)
+            with storage.named_errors(path):
+                _make(path, manifest)
+        store = cls.open(path, read_only=False)
+        keys = differing(store._compared(), {**manifest.to_json(), "info": {}})
+        if keys:
+            raise FingerprintMismatchError(path, keys)
+        for folder in ("", "/rows", "/columns", "/commits"):
+            storage.remove_partial(path + folder)
+        missing = len(store.pending()) / store.num_shards
+        storage.require_space(path, int(missing * manifest.num_bytes))
+        return store
+
+    @classmethod
+    def open(cls, path: str, *, made_by: str = "llmattrib build", read_only: bool = True) -> "RowStore":
+        """Open a store that is there, complete or not.
+
+        Args:
+            path: local path or fsspec URL.
+            made_by: the command that makes such a store, for the message when it is absent.
+            read_only: refuse writes; ranks that write shards pass False.
+
+        Raises:
+            StoreNotFoundError: there is none.
+            FingerprintMismatchError: it is of another schema.
+        """
+        path = path.rstrip("/")
+        attributes = _read_attributes(path)
+        stored = attributes.get(_KEY) if attributes is not None else None
+        if stored is None:
+            raise StoreNotFoundError(
+                f"there is no store at {path}", expected="a finished earlier stage", fix=f"run `{made_by}` first"
+            )
+        if stored.get("schema") != SCHEMA:
+            raise FingerprintMismatchError(path, {"schema": (stored.get("schema"), SCHEMA)})
+        with storage.named_errors(path):
+            return cls(path, Manifest.from_json(stored), read_only)
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        array = self._group[name]
+        assert isinstance(array, zarr.Array)
+        return array.with_config({"write_empty_chunks": True})
+
+    def _compared(self) -> dict[str, Any]:
+        return {**self.manifest.to_json(), "info": {}}
+
+    def _record(self, shard: int) -> str:
+        return f"{self.path}/commits/{shard:06d}.json"
+
+    @property
+    def num_shards(self) -> int:
+        """Shards in all."""
+        return -(-self.manifest.num_rows // self.manifest.shard_size)
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """Return the first row of a shard and the row after its last."""
+        start = shard * self.manifest.shard_size
+        return start, min(start + self.manifest.shard_size, self.manifest.num_rows)
+
+    def refresh(self) -> None:
+        """List the commit records again: one listing, no file is read."""
+        with storage.named_errors(self.path):
+            names = storage.list_names(f"{self.path}/commits")
+        self._committed = {int(name.removesuffix(".json")) for name in names if name.endswith(".json")}
+
+    def pending(self) -> list[int]:
+        """Return the shards without a commit record, in order, as of now."""
+        self.refresh()
+        return [shard for shard in range(self.num_shards) if shard not in self._committed]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every shard is committed."""
+        return len(self._committed) == self.num_shards or not self.pending()
+
+    def require_complete(self, made_by: str = "llmattrib build") -> None:
+        """Raise unless every shard is committed.
+
+        Raises:
+            IncompleteStoreError: says how many of how many are missing.
+        """
+        if not self.is_complete:
+            missing = self.pending()
+            raise IncompleteStoreError(
+                f"{self.path} lacks {len(missing)} of {self.num_shards} shards (first: {missing[0]})",
+                expected="a complete store",
+                fix=f"run `{made_by}` again: it computes only what is missing",
+            )
+
+    def write_shard(
+        self, shard: int, rows: Float[np.ndarray, "m c p"], scalars: Mapping[str, Float[np.ndarray, " m"]]
+    ) -> None:
+        """Write one shard and commit it. What an earlier, killed writer left of it is removed first.
+
+        Args:
+            shard: its number.
+            rows: its rows, float32, finite.
+            scalars: one float32 value a row for every column of the manifest.
+
+        Raises:
+            StoreError: rows are not finite, shapes or columns do not fit, the shard is committed already, or the
+                path cannot be written.
+            DiskSpaceError: the disk is full; nothing is committed.
+        """
+        start, stop = self.shard_range(shard)
+        shape = (stop - start, self.manifest.num_outputs, self.manifest.dim)
+        self._check_writable(shard, rows, scalars, shape)
+        stored, scale = quantize(rows, self.manifest.dtype)
+        columns = np.stack([scale, *(scalars[name] for name in self.manifest.columns)], axis=1).astype("<f4")
+        files = f"{self.path}/rows/c/{shard}", f"{self.path}/columns/c/{shard}"
+        for folder in files:
+            storage.remove(folder)
+        with storage.named_errors(self.path):
+            self._rows[start:stop] = stored
+            self._columns[start:stop] = columns
+        storage.sync_file(f"{files[0]}/0/0")
+        storage.sync_file(f"{files[1]}/0")
+        record = {"shard": shard, "rows": stop - start, "checksum": _checksum(stored, columns)}
+        storage.atomic_write(self._record(shard), json.dumps(record).encode() + b"\n")
+        self._committed.add(shard)
+
+    def _check_writable(
+        self, shard: int, rows: np.ndarray, scalars: Mapping[str, np.ndarray], shape: tuple[int, int, int]
+    ) -> None:
+        if self._read_only:
+            raise StoreError(f"{self.path} was opened for reading", fix="open it with read_only=False")
+        if shard in self._committed:
+            raise StoreError(f"shard {shard} of {self.path} is committed already", expected="a pending shard")
+        if rows.shape != shape or rows.dtype != np.float32:
+            raise StoreError(
+                f"shard {shard} of {self.path} got rows {rows.dtype}{list(rows.shape)}",
+                expected=f"float32{list(shape)}",
+            )
+        if set(scalars) != set(self.manifest.columns) or any(len(values) != shape[0] for values in scalars.values()):
+            raise StoreError(
+                f"shard {shard} of {self.path} got columns { ({key: len(values) for key, values in scalars.items()}) }",
+                expected=f"{shape[0]} values for each of {list(self.manifest.columns)}",
+            )
+        finite = np.isfinite(rows).all(axis=(1, 2))
+        if not finite.all():
+            raise StoreError(
+                f"row {shard * self.manifest.shard_size + int(np.argmin(finite))} of {self.path} is not finite",
+                expected="finite numbers",
+            )
+
+    def _corrupt(self, shard: int, what: str) -> CorruptShardError:
+        return CorruptShardError(
+            f"shard {shard} of {self.path} (rows {'-'.join(map(str, self.shard_range(shard)))}) {what}",
+            expected="the data its commit record vouches for",
+            fix=f"delete {self._record(shard)} and run the stage that made it again: only this shard is computed",
+        )
+
+    def _decode(self, array: zarr.Array[Any], shard: int, start: int, stop: int) -> np.ndarray:
+        """Read rows of one shard as stored; zarr checks the crc32c of every inner chunk."""
+        try:
+            with storage.named_errors(self.path):
+                part = np.asarray(array[start:stop])
+        except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+            raise self._corrupt(shard, f"cannot be decoded ({array.basename}: {error})") from error
+        if np.isnan(part.reshape(len(part), -1)[:, 0]).any():  # the fill value: no finite row holds it
+            raise self._corrupt(shard, f"has no data on disk ({array.basename})")
+        return part
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Split rows [start, stop) at shard boundaries into committed (shard, start, stop)."""
+        assert 0 <= start <= stop <= self.manifest.num_rows
+        while start < stop:
+            shard = start // self.manifest.shard_size
+            if shard not in self._committed and shard in self.pending():
+                raise self._corrupt(shard, "is not committed")
+            end = min(stop, self.shard_range(shard)[1])
+            yield shard, start, end
+            start = end
+
+    def read(self, start: int, stop: int) -> Float[np.ndarray, "m c p"]:
+        """Return rows [start, stop) as float32.
+
+        Raises:
+            CorruptShardError: a shard is not committed, is missing or fails its crc32c.
+        """
+        out = np.empty((stop - start, self.manifest.num_outputs, self.manifest.dim), np.float32)
+        for shard, first, last in self._pieces(start, stop):
+            part = out[first - start : last - start]
+            part[:] = self._decode(self._rows, shard, first, last)
+            if self.manifest.dtype == "float16":
+                part *= self._decode(self._columns, shard, first, last)[:, :1, None]
+        return out
+
+    def blocks(self, max_rows: int | None = None) -> Iterator[tuple[int, Float[np.ndarray, "m c p"]]]:
+        """Yield (first row, rows) over the whole store in order, at most `max_rows` (default: a shard) at a time."""
+        step = max_rows or self.manifest.shard_size
+        for start in range(0, self.manifest.num_rows, step):
+            yield start, self.read(start, min(start + step, self.manifest.num_rows))
+
+    def column(self, name: str) -> Float[np.ndarray, " n"]:
+        """Return a scalar column, or `scale`, for all rows.
+
+        Raises:
+            StoreError: there is no such column.
+            CorruptShardError: a shard is not committed, is missing or fails its crc32c.
+        """
+        names = (SCALE, *self.manifest.columns)
+        if name not in names:
+            raise StoreError(f"{self.path} has no column {name!r}", expected=f"one of {', '.join(names)}")
+        pieces = list(self._pieces(0, self.manifest.num_rows))
+        try:  # all files at once; one by one only to find the bad one
+            whole = np.asarray(self._columns[...])
+        except ValueError:
+            whole = np.full((1, len(names)), np.nan, np.float32)
+        if np.isnan(whole[:, 0]).any():
+            whole = np.concatenate([self._decode(self._columns, *piece) for piece in pieces])
+        return whole[:, names.index(name)].copy()
+
+    def write_vector(self, name: str, vector: Float[np.ndarray, "c p"]) -> None:
+        """Write a float32 array that belongs to the whole store, in one file; a vector of that name is replaced.
+
+        Raises:
+            StoreError: it is not finite, or the path cannot be written.
+        """
+        if not np.isfinite(vector).all():
+            raise StoreError(f"vector {name!r} of {self.path} is not finite", expected="finite numbers")
+        with storage.named_errors(self.path):
+            array = _make_array(self.path, f"vectors/{name}", vector.shape, vector.shape, "float32")
+            array[...] = vector.astype("<f4")
+
+    def read_vector(self, name: str) -> Float[np.ndarray, "c p"]:
+        """Read a vector.
+
+        Raises:
+            StoreError: there is none of that name.
+            CorruptShardError: it fails its crc32c or was not written to its end.
+        """
+        fix = "delete the store and run the stage that made it again"
+        try:
+            with storage.named_errors(self.path):
+                vector = np.asarray(self._array(f"vectors/{name}")[...])
+        except KeyError as error:
+            raise StoreError(f"{self.path} has no vector {name!r}", fix=fix) from error
+        except ValueError as error:
+            raise CorruptShardError(f"vector {name!r} of {self.path} cannot be decoded ({error})", fix=fix) from error
+        if np.isnan(vector).any():
+            raise CorruptShardError(f"vector {name!r} of {self.path} was not written to its end", fix=fix)
+        return vector
+
+    def update_info(self, info: Mapping[str, Any]) -> None:
+        """Add keys to the manifest's `info`, in one atomic write; by one process."""
+        self.manifest = dataclasses.replace(self.manifest, info={**self.manifest.info, **info})
+        with storage.named_errors(self.path):
+            self._group.attrs.update({_KEY: self.manifest.to_json()})
+
+    def _records(self) -> dict[int, bytes]:
+        self.refresh()
+        shards = sorted(self._committed)
+        names = [f"{shard:06d}.json" for shard in shards]
+        with storage.named_errors(self.path):
+            return dict(zip(shards, storage.read_folder(f"{self.path}/commits", names), strict=True))
+
+    def digest(self) -> str:
+        """Return a hash of the settings and of all committed data, from the commit records alone."""
+        hasher = hashlib.sha256(json.dumps(self._compared(), sort_keys=True).encode())
+        for record in self._records().values():
+            hasher.update(record)
+        return hasher.hexdigest()[:32]
+
+    def verify(self) -> list[Problem]:
+        """Read everything and compare it with the checksums of the commit records."""
+        records = self._records()
+        problems = [Problem(shard, "is not committed") for shard in range(self.num_shards) if shard not in records]
+        for shard, data in records.items():
+            problems += [Problem(shard, what) for what in self._verify_shard(shard, data)]
+        for name in storage.list_names(f"{self.path}/vectors"):
+            try:
+                if name != "zarr.json":
+                    self.read_vector(name)
+            except StoreError as error:
+                problems.append(Problem(-1, error.found))
+        return sorted(problems)
+
+    def _verify_shard(self, shard: int, data: bytes) -> Sequence[str]:
+        if shard >= self.num_shards:
+            return ["has a commit record but lies beyond the last shard"]
+        start, stop = self.shard_range(shard)
+        try:
+            record = json.loads(data)
+            rows = self._decode(self._rows, shard, start, stop)
+            columns = self._decode(self._columns, shard, start, stop)
+        except ValueError:
+            return ["has a commit record that is not JSON"]
+        except StoreError as error:
+            return [error.found]
+        if record != {"shard": shard, "rows": stop - start, "checksum": _checksum(rows, columns)}:
+            return ["does not match the checksum of its commit record"]
+        return []
+
+
+def _chunk_rows(shard_size: int) -> int:
+    """Return the largest divisor of the shard size that is at most 64: inner chunks must fill a shard evenly."""
+    return next(rows for rows in range(min(CHUNK_ROWS, shard_size), 0, -1) if shard_size % rows == 0)
+
+
+def _make_array(
+    path: str,
+    name: str,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    dtype: str,
+    shards: tuple[int, ...] | None = None,
+) -> zarr.Array[Any]:
+    return zarr.create_array(
+        _zarr_store(path, read_only=False),
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        chunks=chunks,
+        shards=shards,
+        compressors=[Crc32cCodec()],
+        fill_value=float("nan"),  # marks data that was never written
+        overwrite=True,
+        config={"write_empty_chunks": True},
+    )
+
+
+def _make(path: str, manifest: Manifest) -> None:
+    """Lay out an empty store; the manifest comes last, so a killed creation is no store."""
+    n, size, width = manifest.num_rows, manifest.shard_size, 1 + len(manifest.columns)
+    inner = manifest.num_outputs, manifest.dim
+    group = zarr.open_group(_zarr_store(path, read_only=False), mode="a", zarr_format=3)
+    _make_array(path, "rows", (n, *inner), (_chunk_rows(size), *inner), manifest.dtype, (size, *inner))
+    _make_array(path, "columns", (n, width), (size, width), "float32")
+    group.attrs.update({_KEY: manifest.to_json()})
