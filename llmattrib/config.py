@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmattrib.errors import ConfigError
+from llmattrib.storage import read_bytes
 
 Method = Literal["shapley", "influence", "trak", "grad_dot", "grad_cos"]
 METHODS: tuple[Method, ...] = ("shapley", "influence", "trak", "grad_dot", "grad_cos")
@@ -249,10 +250,11 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run from a YAML file.
+    """Read a run from a YAML file, or from the directory of a run.
 
     Args:
-        path: the file.
+        path: a `.yaml` or `.yml` file; or a run directory, local or an fsspec URL, whose config.yaml is read and
+            whose own place replaces `run_dir`, so that runs can be moved.
         overrides: `section.key=value` strings, applied in order.
 
     Returns:
@@ -261,26 +263,37 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing or is not a YAML mapping, or a key or value is not accepted.
     """
+    place = str(path).rstrip("/")
+    is_run = "://" in place or Path(place).is_dir()
+    file = RunLayout(place).config if is_run else place
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.safe_load(read_bytes(file).decode())
     except OSError as error:
         raise ConfigError(
-            f"config {path} cannot be read ({error.strerror})", fix="name a YAML file; configs/ has examples"
+            f"config {file} cannot be read ({error.strerror or error})",
+            expected="a YAML file, or the directory of a run",
+            fix="name a YAML file; configs/ has examples",
         ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path} is not YAML: {error}", fix="correct the file at the place named") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config {file} is not YAML: {error}", fix="correct the file at the place named") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"config {path} holds no settings", expected="a YAML mapping with run_dir, model and data")
+        raise ConfigError(f"config {file} holds no settings", expected="a YAML mapping with run_dir, model and data")
+    if is_run:
+        tree["run_dir"] = place
     for override in overrides:
-        keys, value = parse_override(override)
-        node = tree
-        for key in keys[:-1]:
-            child = node.setdefault(key, {})
-            if not isinstance(child, dict):
-                raise ConfigError(f"override {override!r} goes below {key!r}, which is a value, not a section")
-            node = child
-        node[keys[-1]] = value
-    return validate_config(tree, source=str(path))
+        _apply(override, tree)
+    return validate_config(tree, source=file)
+
+
+def _apply(override: str, tree: dict[str, Any]) -> None:
+    keys, value = parse_override(override)
+    node = tree
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r} goes below {key!r}, which is a value, not a section")
+        node = child
+    node[keys[-1]] = value
 
 
 def validate_config(tree: Mapping[str, Any], source: str = "config") -> RunConfig:

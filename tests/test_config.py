@@ -16,6 +16,7 @@ from llmattrib.config import (
     validate_config,
 )
 from llmattrib.errors import ConfigError
+from llmattrib.storage import atomic_write
 
 MINIMAL = {"run_dir": "runs/x", "model": {"name": "m"}, "data": {"train": "d.jsonl"}}
 ROOT = Path(__file__).parent.parent
@@ -98,17 +99,39 @@ def test_all_wrong_keys_are_named_at_once() -> None:
     assert caught.value.found.startswith("some.yaml is not accepted")
 
 
+def test_run_directory_is_read_and_its_place_is_its_run_dir(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL), ["seed=3"])
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "config.yaml").write_text(config_to_yaml(config))
+    expected = config.model_copy(update={"run_dir": str(moved)})
+    assert load_config(moved) == load_config(f"{moved}/") == expected
+    url = "memory://test_config/run"
+    atomic_write(f"{url}/config.yaml", config_to_yaml(config).encode())
+    assert load_config(url) == config.model_copy(update={"run_dir": url})
+
+
+def test_directory_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"/config\.yaml cannot be read .*\n  expected: a YAML file, or the directory"
+    ):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"memory://nowhere/config\.yaml cannot be read"):
+        load_config("memory://nowhere")
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml cannot be read \(No such file or directory\)"):
         load_config(tmp_path / "absent.yaml")
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "is not YAML"), ("- a", "holds no settings"), ("", "holds no settings")]
+    ("text", "message"),
+    [("a: [", "is not YAML"), (b"\xff\xfe", "is not YAML"), ("- a", "holds no settings"), ("", "holds no settings")],
 )
-def test_file_that_is_no_mapping(tmp_path: Path, text: str, message: str) -> None:
+def test_file_that_is_no_mapping(tmp_path: Path, text: str | bytes, message: str) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=message):
         load_config(path)
 
