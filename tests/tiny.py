@@ -26,6 +26,7 @@ from llmattrib.config import RunConfig, validate_config
 
 FAMILIES = ("llama", "gpt2", "qwen2", "qwen3")
 CONTEXT = 128
+VOCAB_SIZE = 336  # a few more rows than tokens, as real models have
 LABEL_WORDS = ("yes", "no")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -112,7 +113,7 @@ def tiny_config_of(family: str, vocab_size: int, num_layers: int = 2) -> PreTrai
 
 def tiny_model(family: str = "llama", vocab_size: int | None = None, num_layers: int = 2, seed: int = 0) -> Any:
     """A random model, in eval mode; biases and norms are random too. Leaves torch's random state as it was."""
-    config = tiny_config_of(family, vocab_size or len(tiny_tokenizer()), num_layers)
+    config = tiny_config_of(family, vocab_size or VOCAB_SIZE, num_layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)

@@ -1,0 +1,129 @@
+"""Adapter folders, checked from their files alone: plain LoRA, made for this base model, fitting each other.
+
+An adapter that `train` wrote carries the fingerprint of its base's weights and is compared by it; for others the
+last part of the base's name is compared, so a model that moved between hub and disk passes. The shape of every
+factor is compared with the base's layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers.pytorch_utils import Conv1D
+
+from llmattrib.errors import AdapterMismatchError, ModelNotFoundError, UnsupportedAdapterError
+from llmattrib.weights import read_json
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+RECORD = "llmattrib.json"
+"""What `train` leaves beside an adapter: the fingerprint of everything it was trained with."""
+PEFT_PREFIX = "base_model.model."
+_UNSUPPORTED = (
+    *("use_dora", "lora_bias", "use_qalora", "modules_to_save", "trainable_token_indices", "layer_replication"),
+    *("target_parameters", "alora_invocation_tokens", "use_bdlora", "velora_config", "monteclora_config"),
+    *("megatron_config", "arrow_config"),
+)
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change base weights
+
+
+def check_adapter(path: Path, base_name: str, base_print: str) -> None:
+    """Check an adapter's folder before anything large is loaded.
+
+    Args:
+        path: the PEFT folder.
+        base_name: `model.name`.
+        base_print: `weights_fingerprint` of the base.
+
+    Raises:
+        ModelNotFoundError: a file is missing.
+        UnsupportedAdapterError: it is not plain LoRA.
+        AdapterMismatchError: it was made for another base.
+    """
+    settings = read_json(path / "adapter_config.json")
+    if settings.get("peft_type") != "LORA":
+        raise UnsupportedAdapterError(
+            f"{path} is a {settings.get('peft_type')} adapter", expected="LORA", fix="train a LoRA adapter"
+        )
+    extras = [key for key in _UNSUPPORTED if settings.get(key)]
+    if settings.get("bias", "none") != "none":
+        extras.append(f"bias={settings['bias']}")
+    if settings.get("init_lora_weights", True) not in _PLAIN_INITS:
+        extras.append(f"init_lora_weights={settings['init_lora_weights']}")
+    if extras:
+        raise UnsupportedAdapterError(
+            f"{path} uses {', '.join(extras)}",
+            expected="plain LoRA: A and B of linear layers over unchanged base weights",
+            fix="train an adapter without it, or convert it to plain LoRA with PEFT",
+        )
+    if not (path / ADAPTER_WEIGHTS).is_file():
+        raise ModelNotFoundError(
+            f"{path} has no {ADAPTER_WEIGHTS}",
+            expected="safetensors; pickled adapters are not read",
+            fix="save it again",
+        )
+    _check_base(path, settings, base_name, base_print)
+
+
+def _check_base(path: Path, settings: Mapping[str, Any], base_name: str, base_print: str) -> None:
+    made_for: str | None
+    if (path / RECORD).is_file():
+        recorded = read_json(path / RECORD).get("fingerprint", {}).get("base_model")
+        matches, made_for = recorded == base_print, f"weights {recorded}"
+    else:
+        made_for = settings.get("base_model_name_or_path")
+        matches = not made_for or _last_part(made_for) == _last_part(base_name)
+    if not matches:
+        raise AdapterMismatchError(
+            f"{path} was made for {made_for}",
+            expected=f"an adapter of {base_name} (weights {base_print})",
+            fix="set model.name to the adapter's base; if it is the same model under another name, correct "
+            "base_model_name_or_path in adapter_config.json",
+        )
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def check_shapes(paths: Sequence[Path], base: Any) -> None:
+    """Check that adapters fit the base model's layers and each other.
+
+    Raises:
+        AdapterMismatchError: a layer is missing or has another width, or adapters differ in layers or ranks.
+    """
+    shapes = [_adapter_shapes(path) for path in paths]
+    modules = dict(base.named_modules())
+    for path, tensors in zip(paths, shapes, strict=True):
+        for key, shape in tensors.items():
+            name, _, factor = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
+            width = _widths(modules.get(name))
+            if width is None or (
+                factor in ("lora_A", "lora_B") and width[factor == "lora_B"] != shape[factor == "lora_A"]
+            ):
+                found = "no such linear layer" if width is None else f"width {width[factor == 'lora_B']} there"
+                raise AdapterMismatchError(
+                    f"{path} holds {key} of shape {shape}, and the base model has {found}",
+                    expected="an adapter of this base model",
+                    fix="set model.name to the adapter's base",
+                )
+    for path, tensors in zip(paths[1:], shapes[1:], strict=True):
+        if tensors != shapes[0]:
+            odd = sorted(set(tensors.items()) ^ set(shapes[0].items()))[0][0]
+            raise AdapterMismatchError(
+                f"{path} and {paths[0]} differ in layers or ranks, first at {odd}",
+                expected="the same layers and ranks in adapters that are used together",
+                fix="use them in separate runs",
+            )
+
+
+def _adapter_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(path / ADAPTER_WEIGHTS, framework="pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def _widths(module: Any) -> tuple[int, int] | None:
+    """Return (d_in, d_out) of a linear layer."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return (int(module.in_features), int(module.out_features)) if hasattr(module, "in_features") else None

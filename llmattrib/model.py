@@ -1,0 +1,448 @@
+"""The base model with its LoRA adapters: loading, checking, switching adapters off and on, greedy generation.
+
+`load_model` always gives a PEFT model, with a fresh adapter (B = 0) when none is given, so that everything
+downstream hooks LoRA layers and nothing else. Base weights take the asked dtype, LoRA factors stay float32. Only
+plain LoRA on linear layers (also GPT-2's Conv1D) is supported: no DoRA, no trained biases or embeddings, no
+initialisation that rewrites base weights; adapters given together must share layers and shapes. All sampling
+settings of a model's generation config are dropped. The only importer of peft.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from jaxtyping import Float32
+from peft.tuners.lora import LoraLayer as PeftLoraLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from llmattrib.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, check_adapter, check_shapes
+from llmattrib.config import LoraConfig, ModelConfig, digest
+from llmattrib.errors import (
+    ConfigError,
+    ModelNotFoundError,
+    OverlongExampleError,
+    TokenizerMismatchError,
+    UnsupportedAdapterError,
+)
+from llmattrib.rng import stream
+from llmattrib.weights import (
+    file_digest,
+    load_tokenizer,
+    quiet_loading,
+    resolve_base,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+
+GENERATION_BATCH = 16
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One linear layer with LoRA: y = W x + scaling B A x.
+
+    Args:
+        name: its name in the base model, e.g. `model.layers.0.self_attn.q_proj`.
+        module: the module to hook; its input is x, its output y (W x while adapters are off).
+        d_in: width of x.
+        d_out: width of y.
+    """
+
+    name: str
+    module: nn.Module
+    d_in: int
+    d_out: int
+
+    def factors(self, adapter: str) -> tuple[Float32[Tensor, "r d_in"], Float32[Tensor, "d_out r"], float]:
+        """Return A, B and the scaling of an adapter; the tensors are the parameters themselves."""
+        module: Any = self.module
+        return module.lora_A[adapter].weight, module.lora_B[adapter].weight, float(module.scaling[adapter])
+
+
+@dataclass
+class LoadedModel:
+    """A model on its device, frozen and in eval mode unless `prepare_trainable` made it.
+
+    Args:
+        model: the PEFT model.
+        tokenizer: of the adapter's folder when it brings one, else of the base.
+        device: where the parameters are.
+        layers: the LoRA layers, in the order of the model.
+        rank: rank of the first layer.
+        scaling: scaling of the first layer.
+        adapter_names: PEFT names, in the order the folders were given.
+        max_length: context in tokens.
+        fingerprint: what the numbers depend on: base_model, dtype, tokenizer, chat_template, lora, adapters (`none`
+            when fresh).
+    """
+
+    model: peft.PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    layers: list[LoraLayer]
+    rank: int
+    scaling: float
+    adapter_names: list[str]
+    max_length: int
+    fingerprint: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def pad_id(self) -> int:
+        """The token to pad with; masks never depend on it."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if isinstance(token, int):
+                return token
+        return 0
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """Switch all adapters off: the base model. LoRA layers still run, so their hooks fire."""
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        tuner: Any = self.model.base_model
+        tuner.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            tuner.enable_adapter_layers()
+            _only_trainable(self.model, trainable)
+
+    def use(self, adapter: str) -> None:
+        """Switch to one adapter."""
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.set_adapter(adapter)
+        _only_trainable(self.model, trainable)
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int] = ()
+    ) -> list[list[int]]:
+        """Complete prompts greedily with the active adapter.
+
+        Args:
+            prompts: token ids.
+            max_new_tokens: most tokens of an answer.
+            stop_ids: tokens that end an answer besides the model's own, e.g. the template's end of turn.
+
+        Returns:
+            The answers' tokens, without the token that ended them.
+
+        Raises:
+            OverlongExampleError: a prompt and its answer may exceed the context.
+        """
+        room = self.max_length - max_new_tokens
+        if prompts and max(map(len, prompts)) > room:
+            raise OverlongExampleError(
+                f"a prompt has {max(map(len, prompts))} tokens and {max_new_tokens} are to be generated",
+                expected=f"at most {self.max_length} tokens in all, the model's context",
+                fix="shorten the prompt or lower query.max_new_tokens",
+            )
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+        answers: list[list[int]] = [[] for _ in prompts]
+        for start in range(0, len(order), GENERATION_BATCH):
+            rows = order[start : start + GENERATION_BATCH]
+            for row, answer in zip(
+                rows, self._generate([prompts[r] for r in rows], max_new_tokens, stop_ids), strict=True
+            ):
+                answers[row] = answer
+        return answers
+
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        stops = sorted(self._own_stops() | set(stop_ids))
+        settings = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops or None, pad_token_id=self.pad_id
+        )
+        tokens = self.model.generate(  # type: ignore[no-untyped-call]
+            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings
+        )
+        answers = []
+        for row in tokens[:, width:].tolist():
+            end = next((place for place, token in enumerate(row) if token in stops), len(row))
+            answers.append(row[:end])
+        return answers
+
+    def _own_stops(self) -> set[int]:
+        base: Any = self.model.get_base_model()
+        own = base.generation_config.eos_token_id
+        tokens = own if isinstance(own, list) else [own]
+        return {token for token in (*tokens, self.tokenizer.eos_token_id) if isinstance(token, int)}
+
+
+def load_model(
+    config: ModelConfig, *, adapters: Sequence[str] = (), dtype: str | None = None, device: str | None = None
+) -> LoadedModel:
+    """Load the base model and its adapters, frozen.
+
+    Args:
+        config: which base model, and the shape of the fresh adapter when `adapters` is empty.
+        adapters: PEFT folders.
+        dtype: of the base weights instead of `config.dtype`.
+        device: instead of `config.device`; `auto` is the current GPU, or the CPU without one.
+
+    Raises:
+        ModelNotFoundError: base or adapter is missing or unreadable.
+        AdapterMismatchError: an adapter was made for another base, or adapters differ in layers or shapes.
+        UnsupportedAdapterError: an adapter is not plain LoRA.
+        TokenizerMismatchError: the tokenizer has tokens the model has no embedding for.
+        ConfigError: `config.lora` does not fit the model.
+    """
+    folder = resolve_base(config.name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    base_print = weights_fingerprint(folder)
+    names = ["default"] if len(adapters) < 2 else [f"adapter{number}" for number in range(len(adapters))]
+    paths = [Path(adapter).expanduser() for adapter in adapters]
+    for path in paths:
+        check_adapter(path, config.name, base_print)
+    tokenizer = load_tokenizer(folder, paths, trust_remote_code=config.trust_remote_code)
+    base = _load_base(config, folder, dtype or config.dtype, _device(device or config.device))
+    _check_tokenizer(tokenizer, base)
+    if paths:
+        check_shapes(paths, base)
+        with _peft_quiet():
+            model = peft.PeftModel.from_pretrained(base, paths[0], adapter_name=names[0])
+            for name, path in zip(names[1:], paths[1:], strict=True):
+                model.load_adapter(path, adapter_name=name)
+    else:
+        model = _fresh(base, config, seed=0)
+    loaded = _loaded(model, tokenizer, names)
+    _only_trainable(model, [])
+    model.eval()
+    fingerprint = tokenizer_fingerprint(tokenizer) | {"base_model": base_print, "dtype": dtype or config.dtype}
+    weights = "+".join(file_digest(path / ADAPTER_WEIGHTS)[:32] for path in paths)
+    loaded.fingerprint = fingerprint | {"lora": _lora_fingerprint(loaded), "adapters": weights or "none"}
+    return loaded
+
+
+def prepare_trainable(config: ModelConfig, dtype: str, seed: int, device: str | None = None) -> LoadedModel:
+    """Load the base model with a fresh adapter whose A and B can be trained.
+
+    Args:
+        config: base model and LoRA shape.
+        dtype: of the base weights; the adapter's are float32.
+        seed: A is drawn from `stream(seed, "lora_A", layer, 0)`; B is zero.
+        device: instead of `config.device`.
+
+    Raises:
+        ModelError, ConfigError: as `load_model`.
+    """
+    folder = resolve_base(config.name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
+    base = _load_base(config, folder, dtype, _device(device or config.device))
+    _check_tokenizer(tokenizer, base)
+    loaded = _loaded(_fresh(base, config, seed), tokenizer, ["default"])
+    factors = [factor for layer in loaded.layers for factor in layer.factors("default")[:2]]
+    _only_trainable(loaded.model, factors)
+    loaded.model.eval()
+    loaded.fingerprint = tokenizer_fingerprint(tokenizer) | {
+        "base_model": weights_fingerprint(folder),
+        "dtype": dtype,
+        "lora": _lora_fingerprint(loaded),
+        "adapters": "none",
+    }
+    return loaded
+
+
+def lora_a_init(seed: int, layer: LoraLayer, rank: int, init: int) -> Float32[Tensor, "r d_in"]:
+    """Draw a fresh A as PEFT does: uniform on +-1/sqrt(d_in), on the CPU, from a stream of its own.
+
+    Args:
+        seed: the run's seed.
+        layer: which layer.
+        rank: r.
+        init: number of the initialisation, from 0.
+    """
+    bound = layer.d_in**-0.5
+    draws = stream(seed, "lora_A", layer.name, init).uniform(-bound, bound, size=(rank, layer.d_in))
+    return torch.from_numpy(draws.astype("float32"))
+
+
+def save_adapter(loaded: LoadedModel, folder: Path, base_name: str) -> None:
+    """Write the first adapter in PEFT's format; its config names the base model `base_name`."""
+    config = loaded.model.peft_config[loaded.adapter_names[0]]
+    config.base_model_name_or_path = base_name
+    loaded.model.save_pretrained(str(folder), selected_adapters=[loaded.adapter_names[0]], save_embedding_layers=False)
+    card = folder / "README.md"  # PEFT's empty model card
+    card.unlink(missing_ok=True)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"model.device is {name!r}", expected="auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model.device is {name!r} and there is no GPU", fix="set model.device to cpu or auto")
+    return device
+
+
+def _load_base(config: ModelConfig, folder: Path, dtype: str, device: torch.device) -> Any:
+    try:
+        with quiet_loading():
+            pair: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelNotFoundError(
+            f"{config.name} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            expected="a causal language model with safetensors weights",
+            fix="check model.name and model.attn_implementation",
+        ) from error
+    model, report = pair
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelNotFoundError(
+            f"the weights of {config.name} lack {len(missing)} tensors, the first {missing[0]}",
+            expected="weights of a causal language model",
+            fix="name the model itself, not an encoder or a part of it",
+        )
+    own = model.generation_config
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id
+    )
+    if getattr(model, "quantization_method", None) is None:
+        model.to(device)
+    return model
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Any) -> None:
+    highest = max(tokenizer.get_vocab().values())
+    rows = int(base.get_input_embeddings().num_embeddings)
+    if highest >= rows:
+        raise TokenizerMismatchError(
+            f"the tokenizer has token ids up to {highest}",
+            expected=f"ids below {rows}, the model's embedding rows",
+            fix="use the tokenizer that the model was trained with",
+        )
+
+
+def _fresh(base: Any, config: ModelConfig, seed: int) -> peft.PeftModel:
+    """Put a new LoRA adapter on the base model: A drawn from our streams, B zero."""
+    targets, layers = _targets(base, config.lora)
+    lora = peft.LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # any number works
+        lora_dropout=config.lora.dropout,
+        use_rslora=config.lora.use_rslora,
+        target_modules=targets,
+        layers_to_transform=layers,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with _peft_quiet(), torch.random.fork_rng(devices=[]):
+            model: peft.PeftModel = peft.get_peft_model(base, lora)
+    except ValueError as error:
+        linear = sorted({name.rpartition(".")[2] for name, _ in _linear_modules(base)})
+        raise ConfigError(
+            f"model.lora does not fit the model: {str(error).strip().splitlines()[0]}",
+            expected=f"target_modules among {linear}",
+            fix="correct model.lora.target_modules or model.lora.layers",
+        ) from error
+    with torch.no_grad():
+        for layer in lora_layers(model, "default"):
+            a, b, _ = layer.factors("default")
+            a.copy_(lora_a_init(seed, layer, a.shape[0], 0))
+            b.zero_()
+    return model
+
+
+def _targets(base: Any, lora: LoraConfig) -> tuple[str | list[str], list[int] | None]:
+    """Return PEFT's `target_modules` and `layers_to_transform`."""
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    if lora.layers is None:
+        return targets, None
+    first, last = map(int, lora.layers.split("-"))
+    num_layers = int(base.config.get_text_config().num_hidden_layers)
+    if not first <= last < num_layers:
+        raise ConfigError(f"model.lora.layers is {lora.layers}", expected=f"first-last within 0-{num_layers - 1}")
+    if targets == "all-linear":  # PEFT takes no layer range with it
+        targets = sorted({name.rpartition(".")[2] for name, _ in _linear_modules(base)})
+    if isinstance(targets, str):
+        raise ConfigError(
+            "model.lora.target_modules is a pattern and model.lora.layers is set",
+            expected="all-linear or a list of names when layers is set",
+            fix="put the layers into the pattern",
+        )
+    return targets, list(range(first, last + 1))
+
+
+def _linear_modules(base: Any) -> list[tuple[str, nn.Module]]:
+    """Return the linear layers but for the output embedding."""
+    head = base.get_output_embeddings()
+    return [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+
+
+def lora_layers(model: peft.PeftModel, adapter: str) -> list[LoraLayer]:
+    """List the LoRA layers of an adapter in the order of the model.
+
+    Raises:
+        UnsupportedAdapterError: LoRA sits on something that is no linear layer.
+    """
+    layers = []
+    found: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, PeftLoraLayer)]
+    for name, module in found:
+        name = name.removeprefix(PEFT_PREFIX)
+        if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
+            raise UnsupportedAdapterError(
+                f"the adapter changes {name}, a {type(module.get_base_layer()).__name__}",
+                expected="LoRA on linear layers only",
+                fix="train an adapter without it",
+            )
+        layers.append(LoraLayer(name, module, int(module.in_features), int(module.out_features)))
+    return layers
+
+
+def _loaded(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> LoadedModel:
+    layers = lora_layers(model, names[0])
+    a, _, scaling = layers[0].factors(names[0])
+    device = next(model.parameters()).device
+    return LoadedModel(model, tokenizer, device, layers, a.shape[0], scaling, names, _context(model, tokenizer))
+
+
+def _context(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    base: Any = model.get_base_model()
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    return int(context) if isinstance(context, int) and context > 0 else int(tokenizer.model_max_length)
+
+
+def _only_trainable(model: nn.Module, trainable: Sequence[Tensor]) -> None:
+    """Set requires_grad on exactly these parameters; PEFT sets it on whatever adapter it activates."""
+    wanted = {id(parameter) for parameter in trainable}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in wanted)
+
+
+def _lora_fingerprint(loaded: LoadedModel) -> str:
+    """Describe the adapter's shape: rank and scaling of each layer, short when they are all the same."""
+    adapter = loaded.adapter_names[0]
+    rows = [(layer.name, layer.factors(adapter)[0].shape[0], layer.factors(adapter)[2]) for layer in loaded.layers]
+    ranks, scalings = sorted({row[1] for row in rows}), sorted({row[2] for row in rows})
+    return f"rank {ranks} scaling {scalings} on {len(rows)} layers {digest(rows)}"
+
+
+@contextmanager
+def _peft_quiet() -> Iterator[None]:
+    """Ignore PEFT's notices that say nothing to a user of this package."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
+        with quiet_loading():
+            yield

