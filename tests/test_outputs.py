@@ -16,7 +16,7 @@ def reading(seed: int = 0, scale: float = 1.0) -> Reading:
 
 def mean_log_prob(logits: torch.Tensor) -> torch.Tensor:
     token = torch.log_softmax(logits.double(), 1)[torch.arange(6), TARGET]
-    return torch.stack([token[EXAMPLE == row].mean() for row in range(3)])
+    return torch.stack([token[row == EXAMPLE].mean() for row in range(3)])
 
 
 def test_loss_is_the_mean_negative_log_likelihood() -> None:

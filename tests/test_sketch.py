@@ -102,5 +102,5 @@ def test_too_few_dimensions_is_an_error() -> None:
 
 
 def test_dense_sketch_too_large_is_an_error() -> None:
-    with pytest.raises(SketchError, match="needs .* GiB"):
+    with pytest.raises(SketchError, match=r"needs .* GiB"):
         make_plan("rademacher", 0, 1 << 16, (Block("x", "B", 1 << 20),), (1.0,))
