@@ -24,6 +24,8 @@ from llmattrib.config import DataConfig
 from llmattrib.data import Example, Message
 from llmattrib.errors import ConfigError, DataError, EmptyDatasetError, LabelWordError, OverlongExampleError
 
+Side = Literal["left", "right"]
+"""Where padding goes."""
 TEMPLATE_DATE = "26 Jul 2024"  # the date that Llama 3 templates fall back to
 _SENTINEL = "\u2063completion\u2063"  # invisible separators: no template contains it
 
@@ -81,7 +83,7 @@ class Batch:
     position_ids: Int64[Tensor, "b t"]
     completion_mask: Bool[Tensor, "b t"]
     labels: Int64[Tensor, " b"]
-    side: Literal["left", "right"]
+    side: Side
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on `device`."""
@@ -264,7 +266,7 @@ def encoded_fingerprint(encoded: Sequence[Encoded]) -> str:
     return state.hexdigest()
 
 
-def collate(batch: Sequence[Encoded], pad_id: int, side: Literal["left", "right"] = "right") -> Batch:
+def collate(batch: Sequence[Encoded], pad_id: int, side: Side = "right") -> Batch:
     """Pad tokenised examples to one length.
 
     Args:

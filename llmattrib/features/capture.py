@@ -83,7 +83,7 @@ def _forward_hook(tap: Tap, consume: Consumer) -> Callable[[nn.Module, tuple[Any
         kept = x if tap.block_a is not None else None
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        output.register_hook(lambda d: _consume_layer(tap, d.detach().float(), hidden, kept, consume))
+        output.register_hook(lambda d: _consume_layer(tap, d.detach().float(), hidden, kept, consume))  # type: ignore[no-untyped-call]
         return output
 
     return hook

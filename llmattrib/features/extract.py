@@ -9,7 +9,7 @@ average.
 Examples never mix: a row depends on its own tokens only, up to float32 rounding of batched kernels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,10 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmattrib.config import FeaturesConfig
-from llmattrib.encoding import Encoded, collate
-from llmattrib.features.capture import Consumer, Tap, capture
+from llmattrib.encoding import Batch, Encoded, Side, collate
+from llmattrib.features.capture import Tap, capture
 from llmattrib.features.outputs import OutputValues, Reading, evaluate_output
-from llmattrib.features.sketch import Block, Sketch, SketchPlan, make_plan
+from llmattrib.features.sketch import Block, Sketch, SketchKind, SketchPlan, make_plan
 from llmattrib.forward import completion_logits
 from llmattrib.model import LoadedModel, LoraLayer, lora_a_init
 
@@ -45,6 +45,10 @@ class FeatureBatch:
         """Return the rows whose gradient holds NaN or infinity."""
         finite = np.isfinite(self.phi).all(axis=(1, 2)) & np.isfinite(self.columns["norm"])
         return [int(row) for row in np.flatnonzero(~finite)]
+
+
+_OutputConsumer = Callable[[int, int, Float[Tensor, "b size"]], None]
+"""Takes an output number, a block number and the gradients of that output with respect to that block."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Extractor:
         """Number of feature rows an example has."""
         return len(self.label_ids) if self.output == "logits" else 1
 
-    def plan(self, kind: str, seed: int, dim: int, sample: Sequence[Sequence[Encoded]]) -> SketchPlan:
+    def plan(self, kind: SketchKind, seed: int, dim: int, sample: Sequence[Sequence[Encoded]]) -> SketchPlan:
         """Plan a sketch whose block widths follow the squared gradient norms measured on `sample`.
 
         Args:
@@ -94,9 +98,9 @@ class Extractor:
         norms = np.ones(len(self.blocks))
         if kind == "oporp" and dim < sum(block.size for block in self.blocks):
             norms = sum((self._block_norms(batch) for batch in sample), np.zeros(len(self.blocks)))
-        return make_plan(kind, seed, dim, self.blocks, norms.tolist())  # type: ignore[arg-type]
+        return make_plan(kind, seed, dim, self.blocks, norms.tolist())
 
-    def extract(self, examples: Sequence[Encoded], sketch: Sketch, padding_side: str = "right") -> FeatureBatch:
+    def extract(self, examples: Sequence[Encoded], sketch: Sketch, padding_side: Side = "right") -> FeatureBatch:
         """Compute the features of one batch.
 
         Args:
@@ -111,14 +115,11 @@ class Extractor:
         phi = torch.zeros(*shape, sketch.dim, device=self.loaded.device)
         squared = torch.zeros(*shape, device=self.loaded.device)
 
-        def consumer(output: int) -> Consumer:
-            def consume(block: int, gradient: Tensor) -> None:
-                sketch.add(phi[:, output], block, gradient)
-                squared[:, output] += gradient.square().sum(1)
+        def consume(output: int, block: int, gradient: Tensor) -> None:
+            sketch.add(phi[:, output], block, gradient)
+            squared[:, output] += gradient.square().sum(1)
 
-            return consume
-
-        values = self._differentiate(examples, consumer, padding_side)
+        values = self._differentiate(examples, consume, padding_side)
         num_points = len(values)
         columns = {
             "norm": squared.sum(1).sqrt(),
@@ -132,30 +133,30 @@ class Extractor:
         """Return the summed squared gradient norm of each block over a batch."""
         norms = np.zeros(len(self.blocks))
 
-        def consume(block: int, gradient: Tensor) -> None:
+        def consume(output: int, block: int, gradient: Tensor) -> None:
             norms[block] += float(gradient.square().sum())
 
-        self._differentiate(examples, lambda _: consume, "right")
+        self._differentiate(examples, consume, "right")
         return norms
 
-    def _differentiate(self, examples: Sequence[Encoded], consumer, padding_side: str) -> list[OutputValues]:  # type: ignore[no-untyped-def]
-        """Run forward and backward at every point; `consumer(output)` takes the gradients of that output."""
-        batch = collate(examples, self.loaded.pad_id, padding_side).to(self.loaded.device)
-        labels = torch.tensor([example.label for example in examples], device=self.loaded.device)
-        values = []
-        for point in self._points:
-            current: list[Consumer] = []
-            with self._at(point), capture(point.taps, lambda block, gradient: current[-1](block, gradient)):
-                with torch.enable_grad():
-                    logits, example, target = completion_logits(self.loaded.model, batch)
-                    value = evaluate_output(self.output, Reading(logits, example, target, labels), self.label_ids)
-                num_outputs = value.outputs.shape[0]
-                for output in range(num_outputs):
-                    current.append(consumer(output))
-                    total = value.outputs[output].sum()
-                    total.backward(retain_graph=output + 1 < num_outputs)  # type: ignore[no-untyped-call]
-            values.append(OutputValues(value.outputs.detach(), value.loss, value.log_odds))
-        return values
+    def _differentiate(self, examples: Sequence[Encoded], consume: _OutputConsumer, side: Side) -> list[OutputValues]:
+        """Run forward and backward at every linearisation point."""
+        batch = collate(examples, self.loaded.pad_id, side).to(self.loaded.device)
+        return [self._pass(point, batch, consume) for point in self._points]
+
+    def _pass(self, point: _Point, batch: Batch, consume: _OutputConsumer) -> OutputValues:
+        output = 0
+
+        def route(block: int, gradient: Tensor) -> None:
+            consume(output, block, gradient)
+
+        with self._at(point), capture(point.taps, route), torch.enable_grad():
+            logits, example, target = completion_logits(self.loaded.model, batch)
+            values = evaluate_output(self.output, Reading(logits, example, target, batch.labels), self.label_ids)
+            last = values.outputs.shape[0] - 1
+            for output in range(last + 1):  # `route` reads it
+                values.outputs[output].sum().backward(retain_graph=output < last)  # type: ignore[no-untyped-call]
+        return OutputValues(values.outputs.detach(), values.loss, values.log_odds)
 
     @contextmanager
     def _at(self, point: _Point) -> Iterator[None]:

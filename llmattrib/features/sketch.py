@@ -22,6 +22,7 @@ from torch import Tensor
 from llmattrib.errors import SketchError
 from llmattrib.rng import stream
 
+SketchKind = Literal["oporp", "rademacher", "none"]
 MAX_RADEMACHER_BYTES = 4 << 30
 
 
@@ -52,7 +53,7 @@ class SketchPlan:
         widths: width of each block (all equal to `dim` for `rademacher`, whose blocks share their columns).
     """
 
-    kind: Literal["oporp", "rademacher", "none"]
+    kind: SketchKind
     seed: int
     dim: int
     blocks: tuple[Block, ...]
@@ -115,7 +116,7 @@ def allocate_widths(sizes: Sequence[int], squared_norms: Sequence[float], dim: i
 
 def _round_to_sum(width: np.ndarray, size: np.ndarray, total: int) -> np.ndarray:
     """Round to integers in [1, size] that sum to `total`, by largest remainder."""
-    whole = np.clip(np.floor(width), 1, size).astype(np.int64)
+    whole: np.ndarray = np.clip(np.floor(width), 1, size).astype(np.int64)
     remainder = width - whole
     while (missing := total - int(whole.sum())) != 0:
         step = 1 if missing > 0 else -1
@@ -128,7 +129,7 @@ def _round_to_sum(width: np.ndarray, size: np.ndarray, total: int) -> np.ndarray
 
 
 def make_plan(
-    kind: Literal["oporp", "rademacher", "none"],
+    kind: SketchKind,
     seed: int,
     dim: int,
     blocks: Sequence[Block],
@@ -200,7 +201,7 @@ class Sketch:
         width = self.plan.widths[block]
         signed = gradient.index_select(1, order).mul_(signs)
         whole = signed.shape[1] // width * width
-        columns += signed[:, :whole].unflatten(1, (-1, width)).sum(1)
+        columns += signed[:, :whole].reshape(len(signed), -1, width).sum(1)
         columns[:, : signed.shape[1] - whole] += signed[:, whole:]
 
     def _table(self, block: int) -> tuple[Tensor, Tensor]:
