@@ -20,10 +20,10 @@ RECORD = "llmattrib.json"
 """What `train` leaves beside an adapter: the fingerprint of everything it was trained with."""
 PEFT_PREFIX = "base_model.model."
 _UNSUPPORTED = (
-    *("use_dora", "lora_bias", "use_qalora", "modules_to_save", "trainable_token_indices", "layer_replication"),
-    *("target_parameters", "alora_invocation_tokens", "use_bdlora", "velora_config", "monteclora_config"),
-    *("megatron_config", "arrow_config"),
+    *("lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"),
+    *("alora_invocation_tokens"),
 )
+_PLAIN_VARIANTS = ("use_rslora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config")
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change base weights
 
 
@@ -45,7 +45,8 @@ def check_adapter(path: Path, base_name: str, base_print: str) -> None:
         raise UnsupportedAdapterError(
             f"{path} is a {settings.get('peft_type')} adapter", expected="LORA", fix="train a LoRA adapter"
         )
-    extras = [key for key in _UNSUPPORTED if settings.get(key)]
+    variants = {key for key in settings if key.startswith("use_") or key.endswith("_config")} - set(_PLAIN_VARIANTS)
+    extras = [key for key in (*_UNSUPPORTED, *sorted(variants)) if settings.get(key)]
     if settings.get("bias", "none") != "none":
         extras.append(f"bias={settings['bias']}")
     if settings.get("init_lora_weights", True) not in _PLAIN_INITS:

@@ -7,6 +7,7 @@ initialisation that rewrites base weights; adapters given together must share la
 settings of a model's generation config are dropped. The only importer of peft.
 """
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,11 +29,12 @@ from llmattrib.errors import (
     ConfigError,
     ModelNotFoundError,
     OverlongExampleError,
-    TokenizerMismatchError,
     UnsupportedAdapterError,
 )
 from llmattrib.rng import stream
 from llmattrib.weights import (
+    check_tokenizer,
+    context_length,
     file_digest,
     load_tokenizer,
     quiet_loading,
@@ -204,8 +206,9 @@ def load_model(
     for path in paths:
         check_adapter(path, config.name, base_print)
     tokenizer = load_tokenizer(folder, paths, trust_remote_code=config.trust_remote_code)
+    context = context_length(folder, tokenizer, trust_remote_code=config.trust_remote_code)
     base = _load_base(config, folder, dtype or config.dtype, _device(device or config.device))
-    _check_tokenizer(tokenizer, base)
+    check_tokenizer(tokenizer, int(base.get_input_embeddings().num_embeddings))
     if paths:
         check_shapes(paths, base)
         with _peft_quiet():
@@ -214,7 +217,7 @@ def load_model(
                 model.load_adapter(path, adapter_name=name)
     else:
         model = _fresh(base, config, seed=0)
-    loaded = _loaded(model, tokenizer, names)
+    loaded = _loaded(model, tokenizer, names, context)
     _only_trainable(model, [])
     model.eval()
     fingerprint = tokenizer_fingerprint(tokenizer) | {"base_model": base_print, "dtype": dtype or config.dtype}
@@ -237,12 +240,16 @@ def prepare_trainable(config: ModelConfig, dtype: str, seed: int, device: str | 
     """
     folder = resolve_base(config.name, revision=config.revision, trust_remote_code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
+    context = context_length(folder, tokenizer, trust_remote_code=config.trust_remote_code)
     base = _load_base(config, folder, dtype, _device(device or config.device))
-    _check_tokenizer(tokenizer, base)
-    loaded = _loaded(_fresh(base, config, seed), tokenizer, ["default"])
+    check_tokenizer(tokenizer, int(base.get_input_embeddings().num_embeddings))
+    loaded = _loaded(_fresh(base, config, seed), tokenizer, ["default"], context)
     factors = [factor for layer in loaded.layers for factor in layer.factors("default")[:2]]
     _only_trainable(loaded.model, factors)
     loaded.model.eval()
+    for module in loaded.model.modules():  # the base model's own dropout stays off
+        if isinstance(module, PeftLoraLayer):
+            module.lora_dropout.train()
     loaded.fingerprint = tokenizer_fingerprint(tokenizer) | {
         "base_model": weights_fingerprint(folder),
         "dtype": dtype,
@@ -271,8 +278,13 @@ def save_adapter(loaded: LoadedModel, folder: Path, base_name: str) -> None:
     config = loaded.model.peft_config[loaded.adapter_names[0]]
     config.base_model_name_or_path = base_name
     loaded.model.save_pretrained(str(folder), selected_adapters=[loaded.adapter_names[0]], save_embedding_layers=False)
-    card = folder / "README.md"  # PEFT's empty model card
-    card.unlink(missing_ok=True)
+    (folder / "README.md").unlink(missing_ok=True)  # an empty model card
+    settings = folder / "adapter_config.json"
+    tree = json.loads(settings.read_text(encoding="utf-8"))
+    for key, value in tree.items():
+        if isinstance(value, list):  # PEFT keeps target_modules as a set, in an order that changes between processes
+            tree[key] = sorted(value)
+    settings.write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _device(name: str) -> torch.device:
@@ -319,17 +331,6 @@ def _load_base(config: ModelConfig, folder: Path, dtype: str, device: torch.devi
     if getattr(model, "quantization_method", None) is None:
         model.to(device)
     return model
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Any) -> None:
-    highest = max(tokenizer.get_vocab().values())
-    rows = int(base.get_input_embeddings().num_embeddings)
-    if highest >= rows:
-        raise TokenizerMismatchError(
-            f"the tokenizer has token ids up to {highest}",
-            expected=f"ids below {rows}, the model's embedding rows",
-            fix="use the tokenizer that the model was trained with",
-        )
 
 
 def _fresh(base: Any, config: ModelConfig, seed: int) -> peft.PeftModel:
@@ -409,17 +410,11 @@ def lora_layers(model: peft.PeftModel, adapter: str) -> list[LoraLayer]:
     return layers
 
 
-def _loaded(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> LoadedModel:
+def _loaded(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, names: list[str], context: int) -> LoadedModel:
     layers = lora_layers(model, names[0])
     a, _, scaling = layers[0].factors(names[0])
     device = next(model.parameters()).device
-    return LoadedModel(model, tokenizer, device, layers, a.shape[0], scaling, names, _context(model, tokenizer))
-
-
-def _context(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    base: Any = model.get_base_model()
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    return int(context) if isinstance(context, int) and context > 0 else int(tokenizer.model_max_length)
+    return LoadedModel(model, tokenizer, device, layers, a.shape[0], scaling, names, context)
 
 
 def _only_trainable(model: nn.Module, trainable: Sequence[Tensor]) -> None:

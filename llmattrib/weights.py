@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from llmattrib.config import digest
@@ -137,6 +137,24 @@ def load_tokenizer(
             fix="use them in separate runs",
         )
     return tokenizers[0]
+
+
+def context_length(folder: Path, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False) -> int:
+    """Return a model's context in tokens: `max_position_embeddings`, or the tokenizer's limit where there is none."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    return context if isinstance(context, int) and context > 0 else int(tokenizer.model_max_length)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
+    """Raise TokenizerMismatchError when the tokenizer has tokens beyond the model's `num_embeddings`."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= num_embeddings:
+        raise TokenizerMismatchError(
+            f"the tokenizer has token ids up to {highest}",
+            expected=f"ids below {num_embeddings}, the model's embedding rows",
+            fix="use the tokenizer that the model was trained with",
+        )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -1,0 +1,309 @@
+"""The one fine-tuning loop: LoRA factors in float32 over a frozen base, loss on completion tokens only.
+
+AdamW, linear warm-up and decay, gradient clipping; batches are drawn afresh each epoch from the run's streams,
+whatever their lengths. The state is saved after every epoch, so a killed run goes on from its last epoch and ends in
+the same bytes as an unbroken one (on the same machine and thread count). One process trains; there is no gradient
+accumulation and no checkpointing of activations. A finished adapter carries the fingerprint of everything it was
+trained with: an equal run reuses it, another one is refused.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmattrib.adapters import RECORD
+from llmattrib.config import RunConfig
+from llmattrib.data import data_fingerprint, load_examples
+from llmattrib.encoding import Encoded, EncodedSet, collate, encode_all, encoded_fingerprint
+from llmattrib.errors import ConfigError, FingerprintMismatchError, NonFiniteGradientError
+from llmattrib.forward import completion_logits
+from llmattrib.model import LoadedModel, prepare_trainable, save_adapter
+from llmattrib.progress import Progress, silent
+from llmattrib.rng import stream
+from llmattrib.weights import (
+    context_length,
+    load_tokenizer,
+    new_folder,
+    read_json,
+    resolve_base,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+
+FLOAT16_LOSS_SCALE = 1024.0  # keeps small float16 gradients from vanishing; float32 and bfloat16 need none
+_STATE = ("factor", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A trained adapter.
+
+    Args:
+        path: its PEFT folder.
+        num_steps: optimizer steps.
+        losses: mean loss of each epoch, in nats a completion token.
+        num_examples: examples trained on.
+        num_truncated: of these, examples whose prompt was cut.
+        num_skipped: examples left out as too long.
+        reused: it was there already.
+        seconds: wall time of this call.
+    """
+
+    path: str
+    num_steps: int
+    losses: tuple[float, ...]
+    num_examples: int
+    num_truncated: int
+    num_skipped: int
+    reused: bool
+    seconds: float
+
+
+def train_adapter(config: RunConfig, progress: Progress = silent) -> TrainResult:
+    """Fine-tune a LoRA adapter on the run's examples and save it as `run_dir/adapter`.
+
+    Args:
+        config: the run; reads `seed`, `model`, `data` and `train`.
+        progress: told the sequences done and in all, over all epochs.
+
+    Returns:
+        The adapter, trained now or found from an equal run.
+
+    Raises:
+        ConfigError: the run names adapters of its own, or its run_dir is not local.
+        FingerprintMismatchError: there is an adapter of another run.
+        NonFiniteGradientError: a gradient is NaN or infinite.
+        DataError, ModelError: the data or the model cannot be used.
+    """
+    started = time.perf_counter()
+    if config.model.adapters:
+        raise ConfigError(
+            f"model.adapters names {', '.join(config.model.adapters)}, so there is nothing to train",
+            fix="go on with `llmattrib build`, or remove model.adapters",
+        )
+    if "://" in config.run_dir:
+        raise ConfigError(
+            f"run_dir is {config.run_dir}", expected="a local folder for training", fix="copy it afterwards"
+        )
+    target = Path(config.layout.adapter)
+    encoded, fingerprint = _inputs(config)
+    reused = target.is_dir()
+    if reused:
+        record = _matching_record(target, fingerprint)
+    else:
+        record = _train(config, encoded.encoded, [example.id for example in encoded.examples], fingerprint, progress)
+    return TrainResult(
+        path=str(target),
+        num_steps=int(record["num_steps"]),
+        losses=tuple(record["losses"]),
+        num_examples=len(encoded.encoded),
+        num_truncated=encoded.num_truncated,
+        num_skipped=encoded.num_skipped,
+        reused=reused,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _inputs(config: RunConfig) -> tuple[EncodedSet, dict[str, Any]]:
+    """Tokenise the examples and fingerprint all that decides the adapter, without loading weights."""
+    model = config.model
+    folder = resolve_base(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
+    examples = load_examples(config.data)
+    encoded = encode_all(
+        examples, tokenizer, config.data, context_length(folder, tokenizer, trust_remote_code=model.trust_remote_code)
+    )
+    return encoded, {
+        "base_model": weights_fingerprint(folder),
+        **tokenizer_fingerprint(tokenizer),
+        "data": data_fingerprint(encoded.examples),
+        "tokens": encoded_fingerprint(encoded.encoded),
+        "seed": config.seed,
+        "attn_implementation": model.attn_implementation,
+        **{f"lora.{key}": value for key, value in model.lora.model_dump(mode="json").items()},
+        **{f"train.{key}": value for key, value in config.train.model_dump(mode="json").items()},
+    }
+
+
+def _matching_record(folder: Path, fingerprint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the record beside an adapter, or raise FingerprintMismatchError when it is of another run."""
+    if not (folder / RECORD).is_file():
+        raise FingerprintMismatchError(str(folder), {RECORD: ("none: not trained here", "a record of this run")})
+    record = read_json(folder / RECORD)
+    _compare(folder, record.get("fingerprint", {}), fingerprint)
+    return record
+
+
+def _compare(path: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    keys = [key for key in sorted({*stored, *now}) if stored.get(key) != now.get(key)]
+    if keys:
+        raise FingerprintMismatchError(str(path), {key: (stored.get(key), now.get(key)) for key in keys})
+
+
+def _train(
+    config: RunConfig, encoded: Sequence[Encoded], ids: Sequence[str], fingerprint: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    """Run all epochs, from the saved state when there is one; save the adapter; return its record."""
+    target = Path(config.layout.adapter)
+    state_file = target.with_name("adapter.state.safetensors")
+    loaded = prepare_trainable(config.model, config.train.dtype, config.seed)
+    factors = _named_factors(loaded)
+    optimizer = torch.optim.AdamW(
+        factors.values(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay
+    )
+    losses = _restore(state_file, factors, optimizer, fingerprint)
+    progress(len(losses) * len(encoded), config.train.epochs * len(encoded))
+    for epoch in range(len(losses), config.train.epochs):
+        losses.append(_epoch(config, loaded, optimizer, encoded, ids, epoch, progress))
+        if epoch + 1 < config.train.epochs:
+            _save_state(state_file, factors, optimizer, fingerprint, losses)
+    record = {
+        "fingerprint": fingerprint,
+        "num_steps": config.train.epochs * _num_batches(len(encoded), config.train.batch_size),
+        "losses": losses,
+    }
+    with new_folder(target) as folder:
+        save_adapter(loaded, folder, config.model.name)
+        (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    state_file.unlink(missing_ok=True)
+    return record
+
+
+def _epoch(
+    config: RunConfig,
+    loaded: LoadedModel,
+    optimizer: torch.optim.Optimizer,
+    encoded: Sequence[Encoded],
+    ids: Sequence[str],
+    epoch: int,
+    progress: Progress,
+) -> float:
+    """Train one epoch; return its mean loss a completion token."""
+    settings = config.train
+    order = stream(config.seed, "train_order", epoch).permutation(len(encoded)).tolist()
+    num_batches = _num_batches(len(encoded), settings.batch_size)
+    total_loss, total_tokens = 0.0, 0
+    for number in range(num_batches):
+        rows = order[number * settings.batch_size : (number + 1) * settings.batch_size]
+        step = epoch * num_batches + number
+        rate = settings.learning_rate * learning_rate_factor(step, settings.epochs * num_batches, settings.warmup_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with _dropout_stream(config, step):
+            loss, tokens = _backward(loaded, [encoded[row] for row in rows], settings.dtype)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        if not bool(torch.isfinite(norm)):
+            raise NonFiniteGradientError(
+                f"the gradient is {float(norm)} in step {step + 1} (epoch {epoch + 1}), "
+                f"among the examples {', '.join(repr(ids[row]) for row in rows)}",
+                expected="finite numbers",
+                fix="look at these examples, lower train.learning_rate, or set train.dtype to bfloat16 or float32",
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        total_loss, total_tokens = total_loss + loss * tokens, total_tokens + tokens
+        progress(epoch * len(encoded) + number * settings.batch_size + len(rows), settings.epochs * len(encoded))
+    return total_loss / total_tokens
+
+
+def _backward(loaded: LoadedModel, examples: Sequence[Encoded], dtype: str) -> tuple[float, int]:
+    """Accumulate the gradient of the batch's mean loss; return that loss and its number of tokens."""
+    scale = FLOAT16_LOSS_SCALE if dtype == "float16" else 1.0
+    batch = collate(examples, loaded.pad_id).to(loaded.device)
+    logits, _, target = completion_logits(loaded.model, batch)
+    loss = torch.nn.functional.cross_entropy(logits, target)
+    (loss * scale).backward()  # type: ignore[no-untyped-call]
+    if scale != 1.0:
+        for parameter in loaded.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= scale
+    return loss.item(), len(target)
+
+
+def learning_rate_factor(step: int, num_steps: int, warmup_ratio: float) -> float:
+    """Return the share of the learning rate at a step: linear up over the warm-up, then linear down towards zero.
+
+    Args:
+        step: from 0.
+        num_steps: steps in all.
+        warmup_ratio: share of the steps that warm up.
+    """
+    warmup = round(warmup_ratio * num_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (num_steps - step) / (num_steps - warmup)
+
+
+@contextmanager
+def _dropout_stream(config: RunConfig, step: int) -> Iterator[None]:
+    """Draw dropout masks of a step from a stream of its own, so that a resumed run draws the same."""
+    dropout = config.model.lora.dropout > 0
+    with torch.random.fork_rng() if dropout else nullcontext():
+        if dropout:
+            torch.manual_seed(int(stream(config.seed, "dropout", step).integers(2**63)))
+        yield
+
+
+def _num_batches(num_examples: int, batch_size: int) -> int:
+    return -(-num_examples // batch_size)
+
+
+def _named_factors(loaded: LoadedModel) -> dict[str, Tensor]:
+    """Return the trained tensors by name, in the order of the model."""
+    named: dict[str, Tensor] = {}
+    for layer in loaded.layers:
+        named[f"{layer.name}.A"], named[f"{layer.name}.B"], _ = layer.factors("default")
+    return named
+
+
+def _save_state(
+    path: Path,
+    factors: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    fingerprint: Mapping[str, Any],
+    losses: Sequence[float],
+) -> None:
+    """Write factors and optimizer moments, atomically."""
+    tensors: dict[str, Tensor] = {}
+    for name, factor in factors.items():
+        moments = optimizer.state[factor]
+        values = (factor, moments["exp_avg"], moments["exp_avg_sq"])
+        tensors |= {f"{name}.{kind}": value.detach().cpu() for kind, value in zip(_STATE, values, strict=True)}
+        steps = float(moments["step"])
+    state = {"fingerprint": dict(fingerprint), "losses": list(losses), "steps": steps}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, {"state": json.dumps(state)})
+    temporary.replace(path)
+
+
+@torch.no_grad()
+def _restore(
+    path: Path, factors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, fingerprint: Mapping[str, Any]
+) -> list[float]:
+    """Read the state of an interrupted run; return the losses of its finished epochs (none without a state)."""
+    if not path.is_file():
+        return []
+    with safe_open(path, framework="pt") as file:
+        state = json.loads(file.metadata()["state"])
+        _compare(path, state["fingerprint"], fingerprint)
+        for name, factor in factors.items():
+            values = [file.get_tensor(f"{name}.{kind}").to(factor.device) for kind in _STATE]
+            factor.copy_(values[0])
+            optimizer.state[factor] = {
+                "step": torch.tensor(state["steps"]),
+                "exp_avg": values[1],
+                "exp_avg_sq": values[2],
+            }
+    losses: list[float] = state["losses"]
+    return losses
