@@ -41,6 +41,8 @@ from llmattrib.errors import (
 from llmattrib.manifest import SCALE, SCHEMA, Manifest, differing
 from llmattrib.quantize import quantize
 
+__all__ = ["Manifest", "Problem", "RowStore", "quantize"]
+
 CHUNK_ROWS = 64
 _KEY = "llmattrib"
 

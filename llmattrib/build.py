@@ -1,0 +1,313 @@
+"""Training examples to a store of features, shard by shard, on any number of ranks.
+
+The first rank checks that the store fits the settings (or creates it, with a sketch planned on a sample) and hands
+out the shards that are not there yet; ranks then work alone. Batches are formed within a shard, so a row's bytes
+depend neither on the number of ranks nor on where an earlier run was stopped. Under a launcher a rank that fails ends
+the job; committed shards are kept, and a rerun computes the others.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from llmattrib.config import RunConfig, config_to_yaml
+from llmattrib.data import Example, data_fingerprint, load_examples, save_examples
+from llmattrib.distributed import Ranks
+from llmattrib.encoding import Encoded, EncodedSet, encode_all, encoded_fingerprint, label_token_ids, length_batches
+from llmattrib.errors import DeviceMemoryError, ModelNotFoundError, NonFiniteGradientError, StoreNotFoundError
+from llmattrib.features.extract import COLUMNS, Extractor
+from llmattrib.features.sketch import Sketch, SketchPlan
+from llmattrib.lock import locked
+from llmattrib.model import load_model
+from llmattrib.progress import Progress, silent
+from llmattrib.storage import atomic_write, exists
+from llmattrib.store import Manifest, RowStore
+
+PACKAGES = ("llmattrib", "numpy", "peft", "tokenizers", "torch", "transformers", "zarr")
+"""Their versions are noted in the manifest."""
+MADE_BY = "llmattrib build"
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildResult:
+    """What a build did, the same on every rank.
+
+    Attributes:
+        path: the store.
+        num_examples: rows in it.
+        num_tokens: tokens of all examples.
+        num_truncated: examples whose prompt was cut to fit.
+        num_skipped: examples left out because they did not fit.
+        num_shards: shards in all.
+        num_shards_done: shards computed by this run, on all ranks.
+        seconds: from start to end.
+    """
+
+    path: str
+    num_examples: int
+    num_tokens: int
+    num_truncated: int
+    num_skipped: int
+    num_shards: int
+    num_shards_done: int
+    seconds: float
+
+
+def run_adapters(config: RunConfig) -> list[str]:
+    """Return the adapters of a run: those it names, else the one it trained, else none.
+
+    Raises:
+        ModelNotFoundError: features are asked for at the trained adapter and there is none.
+    """
+    if config.model.adapters:
+        return list(config.model.adapters)
+    if exists(config.layout.adapter):
+        return [config.layout.adapter]
+    if config.features.linearisation == "trained":
+        raise ModelNotFoundError(
+            f"there is no adapter: model.adapters is empty and {config.layout.adapter} does not exist",
+            expected="an adapter for features.linearisation=trained",
+            fix="run `llmattrib train` first, name your own in model.adapters, or set features.linearisation=init",
+        )
+    return []
+
+
+def load_extractor(config: RunConfig) -> Extractor:
+    """Load the model of a run and what computes its features.
+
+    Raises:
+        ModelError: base model or adapter is missing or does not fit.
+        LabelWordError: a label word is not one token.
+    """
+    loaded = load_model(config.model, adapters=run_adapters(config))
+    return Extractor(loaded, config.features, config.seed, label_token_ids(loaded.tokenizer, config.data))
+
+
+def encode_examples(config: RunConfig, extractor: Extractor, examples: Sequence[Example]) -> EncodedSet:
+    """Tokenise examples as the features of a run see them.
+
+    Raises:
+        OverlongExampleError, LabelWordError, EmptyDatasetError: see `encode_all`.
+    """
+    loaded = extractor.loaded
+    return encode_all(examples, loaded.tokenizer, config.data, loaded.max_length)
+
+
+def calibration_batches(config: RunConfig, encoded: Sequence[Encoded]) -> list[list[Encoded]]:
+    """Return evenly spaced examples, as batches, for planning a sketch."""
+    count = min(config.features.sketch.calibration_examples, len(encoded))
+    sample = [encoded[int(row)] for row in np.linspace(0, len(encoded) - 1, count).round()]
+    return [
+        [sample[row] for row in batch]
+        for batch in length_batches(list(map(len, sample)), config.features.tokens_per_batch)
+    ]
+
+
+def model_fingerprint(config: RunConfig, extractor: Extractor) -> dict[str, Any]:
+    """Return what features depend on besides the examples, as JSON; a query's model must agree in all of it."""
+    features, data, loaded = config.features, config.data, extractor.loaded
+    at_init = features.linearisation == "init"
+    sketch: dict[str, Any] = {"kind": features.sketch.kind}
+    if features.sketch.kind != "none":
+        sketch["dim"] = features.sketch.dim
+    if features.sketch.kind == "oporp":
+        sketch["calibration_examples"] = features.sketch.calibration_examples
+    return {
+        "model": {key: value for key, value in loaded.fingerprint.items() if not (at_init and key == "adapters")},
+        "features": {
+            "output": features.output,
+            "linearisation": features.linearisation,
+            "num_inits": features.num_inits if at_init else None,
+            "sketch": sketch,
+        },
+        "encoding": {
+            "chat_template": data.chat_template,
+            "system": data.system,
+            "label_words": list(data.label_words),
+        },
+        "seed": config.seed,
+    }
+
+
+def resolved_config(config: RunConfig) -> RunConfig:
+    """Return the run with relative paths that exist made absolute, so that it can be replayed from anywhere."""
+    model, data = config.model, config.data
+    model = model.model_copy(
+        update={"name": _absolute(model.name), "adapters": tuple(_absolute(path) for path in model.adapters)}
+    )
+    data = data.model_copy(update={"train": _absolute(data.train)})
+    return config.model_copy(update={"model": model, "data": data})
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
+def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Progress = silent) -> BuildResult:
+    """Compute the features of all training examples into `config.layout.features`; go on where a run stopped.
+
+    Args:
+        config: the run.
+        ranks: the processes of the job; called by all of them. One process by default.
+        progress: told, on the first rank, of examples done; from its own share it infers the others'.
+
+    Returns:
+        What was done.
+
+    Raises:
+        DataError: the examples cannot be used.
+        ModelError: base model or adapter is missing or does not fit.
+        FingerprintMismatchError: a store of other settings is there.
+        StoreLockedError: another build writes it now.
+        DiskSpaceError: it would not fit on the disk.
+        NonFiniteGradientError: an example's gradient is NaN or infinite.
+        DeviceMemoryError: a batch does not fit on the device.
+    """
+    started = time.perf_counter()
+    ranks = ranks or Ranks()
+    path = config.layout.features
+    with ExitStack() as held:
+        ranks.together(lambda: held.enter_context(locked(path)) if ranks.is_main else None)
+        extractor, encoded = ranks.together(lambda: _load(config))
+        todo = ranks.on_main(lambda: _prepare(config, extractor, encoded))
+        store = RowStore.open(path, read_only=False)
+        num_done = _write(config, extractor, encoded, store, ranks, todo, progress)
+        num_shards_done = sum(ranks.gather(num_done))
+        ranks.on_main(lambda: store.require_complete(MADE_BY))
+    return BuildResult(
+        path=path,
+        num_examples=len(encoded.encoded),
+        num_tokens=sum(map(len, encoded.encoded)),
+        num_truncated=encoded.num_truncated,
+        num_skipped=encoded.num_skipped,
+        num_shards=store.num_shards,
+        num_shards_done=num_shards_done,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _load(config: RunConfig) -> tuple[Extractor, EncodedSet]:
+    examples = load_examples(config.data)  # first: it is quick, and most mistakes are here
+    extractor = load_extractor(config)
+    return extractor, encode_examples(config, extractor, examples)
+
+
+def _prepare(config: RunConfig, extractor: Extractor, encoded: EncodedSet) -> list[int]:
+    """Create or check the store and save what belongs to it; return the shards to compute. First rank only."""
+    path = config.layout.features
+    try:
+        plan = SketchPlan.from_json(dict(RowStore.open(path).manifest.info["sketch_plan"]))
+    except StoreNotFoundError:
+        with _device_memory(config, 1):
+            plan = _plan(config, extractor, encoded.encoded)
+    store = RowStore.create(path, _manifest(config, extractor, encoded, plan))
+    save_examples(encoded.examples, config.layout.examples)
+    atomic_write(config.layout.config, config_to_yaml(resolved_config(config)).encode())
+    return store.pending()
+
+
+def _plan(config: RunConfig, extractor: Extractor, encoded: Sequence[Encoded]) -> SketchPlan:
+    sketch = config.features.sketch
+    return extractor.plan(sketch.kind, config.seed, sketch.dim, calibration_batches(config, encoded))
+
+
+def _manifest(config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan: SketchPlan) -> Manifest:
+    data = {"examples": data_fingerprint(encoded.examples), "tokens": encoded_fingerprint(encoded.encoded)}
+    return Manifest(
+        kind="features",
+        num_rows=len(encoded.encoded),
+        num_outputs=extractor.num_outputs,
+        dim=plan.dim,
+        dtype=config.features.dtype,
+        shard_size=config.features.shard_size,
+        columns=COLUMNS,
+        fingerprint={**model_fingerprint(config, extractor), "data": data},
+        info={
+            "sketch_plan": plan.to_json(),
+            "label_ids": list(extractor.label_ids),
+            "num_truncated": encoded.num_truncated,
+            "num_skipped": encoded.num_skipped,
+            "versions": {package: version(package) for package in PACKAGES},
+        },
+    )
+
+
+def _write(
+    config: RunConfig,
+    extractor: Extractor,
+    encoded: EncodedSet,
+    store: RowStore,
+    ranks: Ranks,
+    todo: Sequence[int],
+    progress: Progress,
+) -> int:
+    """Compute and commit this rank's share of the shards `todo`; return how many."""
+    sketch = Sketch(SketchPlan.from_json(dict(store.manifest.info["sketch_plan"])), extractor.loaded.device)
+    mine = ranks.share(todo)
+    num_todo, num_mine = (sum(stop - start for start, stop in map(store.shard_range, part)) for part in (todo, mine))
+    num_rows, num_done = store.manifest.num_rows, 0
+    progress(num_rows - num_todo, num_rows)
+    for shard in mine:
+        start, stop = store.shard_range(shard)
+        rows = np.empty((stop - start, extractor.num_outputs, sketch.dim), np.float32)
+        columns = {name: np.empty(stop - start, np.float32) for name in COLUMNS}
+        for batch in length_batches(
+            [len(item) for item in encoded.encoded[start:stop]], config.features.tokens_per_batch
+        ):
+            examples = [encoded.examples[start + row] for row in batch]
+            rows[batch], values = _extract(
+                config, extractor, sketch, [encoded.encoded[start + row] for row in batch], examples
+            )
+            for name in COLUMNS:
+                columns[name][batch] = values[name]
+            num_done += len(batch)
+            progress(num_rows - num_todo + num_done * num_todo // num_mine, num_rows)
+        store.write_shard(shard, rows, columns)
+    return len(mine)
+
+
+def _extract(
+    config: RunConfig, extractor: Extractor, sketch: Sketch, batch: Sequence[Encoded], examples: Sequence[Example]
+) -> tuple[Float[np.ndarray, "b c p"], dict[str, Float[np.ndarray, " b"]]]:
+    """Compute one batch, or say which example or which setting is to blame."""
+    with _device_memory(config, len(batch)):
+        features = extractor.extract(batch, sketch)
+    bad = features.nonfinite_rows()
+    if bad:
+        example = examples[bad[0]]
+        raise NonFiniteGradientError(
+            f"the gradient of example {example.id!r} (row {example.index}) is NaN or infinite; its loss is "
+            f"{features.columns['loss'][bad[0]]:g}",
+            expected="finite numbers",
+            fix="look at that example's text; if it is in order, try model.dtype=float32 (or bfloat16 for float16)",
+        )
+    return features.phi, features.columns
+
+
+@contextmanager
+def _device_memory(config: RunConfig, num_examples: int) -> Iterator[None]:
+    """Turn an out-of-memory failure, on a GPU or the CPU, into an error that names the batch size to try."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        budget = config.features.tokens_per_batch
+        smaller = f"set features.tokens_per_batch={max(1, budget // 2)}"
+        shorter = (
+            "set data.max_length and data.overlong=truncate (the batch is one example already), or use a smaller dtype"
+        )
+        raise DeviceMemoryError(
+            f"a batch of {num_examples} examples does not fit in the memory of the device "
+            f"(features.tokens_per_batch is {budget})",
+            expected="room for the activations of one batch beside the model",
+            fix=f"{smaller if num_examples > 1 else shorter}; finished shards are kept",
+        ) from error

@@ -1,0 +1,103 @@
+"""Ranks: trivial alone; under a launcher they agree on values, sums, failures and exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmattrib.distributed import EXIT_CODE, Ranks, ranks
+from llmattrib.errors import LlmattribError
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(script, *arguments, num_processes=2, config="cpu.yaml", timeout=300):
+    """Run a script by the real launcher, one thread a process."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / config)]
+    command += ["--num_processes", str(num_processes), str(script), *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        env.pop(name, None)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+
+
+def test_one_process_needs_no_launcher(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    alone = ranks()
+    assert alone == Ranks(0, 1, "cpu")
+    assert alone.is_main
+    assert alone.gather({"a": (1, 2)}) == [{"a": [1, 2]}]
+    assert alone.on_main(lambda: "done") == "done"
+    assert alone.together(lambda: 3) == 3
+    array = np.ones((2, 2))
+    assert alone.sum(array) is array
+    alone.barrier()
+    with pytest.raises(ZeroDivisionError):
+        alone.on_main(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_shares_are_a_partition(world_size):
+    items = list(range(5))
+    shares = [Ranks(rank, world_size).share(items) for rank in range(world_size)]
+    assert sorted(item for share in shares for item in share) == items
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_half_set_launcher_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    script = "from llmattrib.distributed import ranks; ranks()"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert f"{LlmattribError.__name__}: WORLD_SIZE is 2 but the processes cannot be joined" in ended.stderr
+    assert "launch/cpu.yaml" in ended.stderr
+
+
+TALK = """
+import json, sys
+import numpy as np
+from pathlib import Path
+from llmattrib.distributed import ranks
+team = ranks()
+shapes = [(), (3,), (2, 3, 4)]
+sums = [team.sum(np.full(shape, team.rank + 0.5)).tolist() for shape in shapes]
+own = np.arange(2, dtype=np.float32)
+team.sum(own)
+found = {
+    "place": [team.rank, team.world_size, team.is_main],
+    "gather": team.gather({"rank": team.rank, "text": "é" * (1 + 5000 * team.rank), "none": None}),
+    "main": team.on_main(lambda: [team.rank, 1.1]),
+    "together": team.together(lambda: team.rank),
+    "share": list(team.share(range(5))),
+    "sums": sums,
+    "own": own.tolist(),
+}
+team.barrier()
+Path(sys.argv[1], f"{team.rank}.json").write_text(json.dumps(found))
+if sys.argv[2] == "rank 1 fails":
+    team.together(lambda: 1 // (1 - team.rank))
+"""
+
+
+@pytest.mark.distributed
+def test_two_processes_agree_and_fail_together(tmp_path):
+    script = tmp_path / "talk.py"
+    script.write_text(TALK)
+    ended = launch(script, tmp_path, "rank 1 fails")
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for rank, one in enumerate(found):
+        assert one["place"] == [rank, 2, rank == 0]
+        assert one["gather"] == [{"rank": k, "text": "é" * (1 + 5000 * k), "none": None} for k in (0, 1)]
+        assert one["main"] == [0, 1.1]
+        assert one["together"] == rank
+        assert one["share"] == list(range(rank, 5, 2))
+        assert one["sums"] == [np.full(shape, 2.0).tolist() for shape in [(), (3,), (2, 3, 4)]]
+        assert one["own"] == [0, 1]
+    assert ended.returncode != 0
+    assert ended.stderr.count("ZeroDivisionError") == 1
+    assert EXIT_CODE == 2
