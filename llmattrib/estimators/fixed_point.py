@@ -1,0 +1,171 @@
+"""The mean field of the kernel game at one q: how a random subset looks to each player.
+
+Every player is in the subset with probability q. Averages over subsets are replaced by one weighted problem
+
+    P = (lam I + sum_g c_g phi_g phi_g^T)^-1,   s_g = phi_g^T P phi_g,   d_g = s_g / (1 - c_g s_g)
+
+where d_g, the leverage of g without itself, fixes the weight: with m ~ Binomial(k_g, q) copies of a group of k_g equal
+players, t = E[m/(1 + m d)], e = E[1/(1 + m d)], c = t/e. For k = 1 this is c = q/(1 + (1-q) d). Groups make exact
+duplicates exact: they are the one case where the leverages of two players are tied together.
+
+Iterating d -> s/(1 - c s) alone takes up to 40 rounds near the q where the subsets begin to fill the feature space;
+Anderson acceleration of log d needs 3-8. Source: docs/methods.md section 3; Walker and Ni 2011 (Anderson).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+from jaxtyping import Float, Int
+from scipy.stats import binom
+
+from llmattrib.errors import MethodError
+
+TINY = 1e-300
+"""Leverage of a row of zeros, whose value is zero; keeps its logarithm finite."""
+_DEPTH = 3  # previous steps that Anderson acceleration combines
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Averages over the number m of copies of each group that are in the subset, given d.
+
+    Attributes:
+        weight: c.
+        empty: e = E[1/(1 + m d)].
+        variance: Var(m/(1 + m d)).
+        slope: E over the other copies of 1/((1 + m d)(1 + (m+1) d)), the mean effect of one copy more.
+    """
+
+    weight: Float[np.ndarray, " g"]
+    empty: Float[np.ndarray, " g"]
+    variance: Float[np.ndarray, " g"]
+    slope: Float[np.ndarray, " g"]
+
+
+def sites(cavity: Float[np.ndarray, " g"], q: float, counts: Int[np.ndarray, " g"]) -> Sites:
+    """Average over the copies of each group.
+
+    Args:
+        cavity: d, leverage of one copy in the absence of its group.
+        q: probability of each copy.
+        counts: k, copies in each group.
+    """
+    d = cavity
+    empty = (1 - q) + q / (1 + d)
+    mean = q / (1 + d)
+    variance = q * (1 - q) / (1 + d) ** 2
+    slope = 1 / (1 + d)
+    many = np.flatnonzero(counts > 1)
+    if len(many):
+        copies, k = np.arange(counts.max() + 1)[None, :], counts[many][:, None]
+        share = copies / (1 + copies * d[many][:, None])
+        chance = binom.pmf(copies, k, q)
+        mean[many] = np.sum(chance * share, axis=1)
+        empty[many] = np.sum(chance / (1 + copies * d[many][:, None]), axis=1)
+        variance[many] = np.sum(chance * (share - mean[many][:, None]) ** 2, axis=1)
+        others = binom.pmf(copies, k - 1, q)
+        both = (1 + copies * d[many][:, None]) * (1 + (copies + 1) * d[many][:, None])
+        slope[many] = np.sum(others / both, axis=1)
+    return Sites(mean / empty, empty, variance, slope)
+
+
+@dataclass(frozen=True)
+class Field:
+    """The mean field at one q.
+
+    Attributes:
+        q: the inclusion probability.
+        cavity: d.
+        sites: averages at d.
+        factor: [d, d] lower Cholesky factor L of P^-1.
+        whitened: [g, d] rows L^-1 phi_g, whose Gram is Phi P Phi^T.
+        num_iterations: solves it took.
+    """
+
+    q: float
+    cavity: Float[np.ndarray, " g"]
+    sites: Sites
+    factor: Float[np.ndarray, "d d"]
+    whitened: Float[np.ndarray, "g d"]
+    num_iterations: int
+
+    def weights(self, responses: Float[np.ndarray, "g c"]) -> Float[np.ndarray, "d c"]:
+        """Return the mean-field estimate of E[w_S], in whitened coordinates."""
+        return np.asarray(self.whitened.T @ (self.sites.weight[:, None] * responses))
+
+    def unwhiten(self, rows: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
+        """Map whitened rows L^-1 phi to P phi."""
+        factor = self.factor.astype(rows.dtype, copy=False)
+        solved = scipy.linalg.solve_triangular(factor, rows.T, lower=True, trans="T", check_finite=False)
+        return np.ascontiguousarray(solved.T)
+
+
+def factorize(
+    coordinates: Float[np.ndarray, "g d"], weight: Float[np.ndarray, " g"], ridge: float
+) -> tuple[Float[np.ndarray, "d d"], Float[np.ndarray, "g d"]]:
+    """Return the Cholesky factor of lam I + R^T diag(c) R and the whitened rows."""
+    scaled = np.sqrt(weight)[:, None] * coordinates
+    matrix = scaled.T @ scaled
+    matrix[np.diag_indices(len(matrix))] += ridge
+    factor = np.linalg.cholesky(matrix)
+    whitened = scipy.linalg.solve_triangular(factor, coordinates.T, lower=True, check_finite=False).T
+    return factor, whitened
+
+
+def solve_field(
+    coordinates: Float[np.ndarray, "g d"],
+    counts: Int[np.ndarray, " g"],
+    ridge: float,
+    q: float,
+    log_cavity: Float[np.ndarray, " g"],
+    *,
+    tolerance: float,
+    max_iterations: int,
+) -> Field:
+    """Solve the mean field at q.
+
+    Args:
+        coordinates: one row a group, float64.
+        counts: copies in each group.
+        ridge: lam, absolute.
+        q: inclusion probability.
+        log_cavity: where to start.
+        tolerance: largest change of log d in the last round.
+        max_iterations: rounds allowed.
+
+    Returns:
+        The field; `factor` and `whitened` belong to the last round, within `tolerance` of `cavity`.
+
+    Raises:
+        MethodError: it does not converge.
+    """
+    x = log_cavity
+    points: list[np.ndarray] = []
+    steps: list[np.ndarray] = []
+    for iteration in range(1, max_iterations + 1):
+        current = sites(np.exp(x), q, counts)
+        factor, whitened = factorize(coordinates, current.weight, ridge)
+        leverage = np.einsum("gd,gd->g", whitened, whitened)
+        step = np.log(np.maximum(leverage, TINY) / (1 - current.weight * leverage)) - x
+        if np.abs(step).max() <= tolerance:
+            cavity = np.exp(x + step)
+            return Field(q, cavity, sites(cavity, q, counts), factor, whitened, iteration)
+        points, steps = [*points, x][-_DEPTH - 1 :], [*steps, step][-_DEPTH - 1 :]
+        x = _accelerate(points, steps)
+    raise MethodError(
+        f"the mean field at q = {q:.3g} has not converged after {max_iterations} rounds",
+        expected=f"a change of log leverage below {tolerance:g}",
+        fix="take a larger ridge",
+    )
+
+
+def _accelerate(points: list[np.ndarray], steps: list[np.ndarray]) -> Float[np.ndarray, " g"]:
+    """Return Anderson's next point from the last points and the plain steps there."""
+    latest: Float[np.ndarray, " g"] = points[-1] + steps[-1]
+    if len(points) > 1:
+        step_changes = np.diff(np.stack(steps), axis=0).T
+        point_changes = np.diff(np.stack(points), axis=0).T
+        mixing = np.linalg.lstsq(step_changes, steps[-1], rcond=1e-10)[0]
+        latest = latest - (point_changes + step_changes) @ mixing
+    return latest

@@ -1,0 +1,342 @@
+"""Deterministic Shapley values (and other semivalues) of the kernel game: a mean field integrated over q.
+
+At each q the mean field (`fixed_point`) gives E[w_S] for S ~ Bernoulli(q). The value of player i is the derivative of
+E[w_S] in its own probability, averaged over q:
+
+- `total_gradient` differentiates through the fixed point too. It obeys the efficiency axiom, sum_i v_i = w_N, up to
+  quadrature: the sum-rule error checks the result for free. Needs a dense n x n system.
+- `cavity` holds the others' weights fixed: exact at q -> 0 and q = 1, O(n d^2), sums off by 5-25 % in between.
+
+The total gradient is written here so that one symmetric positive definite solve does it. With s = phi^T P phi,
+U = rows r_i P phi_i, e, Var and slope as in `fixed_point.Sites`, b = sqrt(Var)/e^2:
+
+    V = (slope/e^2) b^-1 N^-1 b U,     N_ij = -b_i b_j (phi_i^T P phi_j)^2 off the diagonal, N_ii = 1
+
+Equal to docs/methods.md section 3 (A = diag(gd) + H2 diag(cd) there; the diagonals of H2 cancel). Near-equal players
+with near-equal responses are one group of copies. Measured against exact enumeration: see docs/methods.md.
+
+Precision: Grams, Cholesky factors, leverages and totals in float64; above 2,048 groups the n x n system and the
+representers are float32. Memory is checked before it is used.
+Limits: n^2 numbers (20,000 groups: 1.6 GB), n p in float64; time (n^3/3 + n^2 d (1 + 2c)) flops a node.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import scipy.linalg
+from jaxtyping import Float, Int
+
+from llmattrib.errors import MethodError
+from llmattrib.estimators.fixed_point import TINY, Field, factorize, solve_field
+from llmattrib.estimators.quadrature import SHAPLEY, SHIFT_FACTOR, NestedRule, Semivalue
+from llmattrib.games.kernel import KernelGame
+from llmattrib.games.memory import require_memory
+from llmattrib.progress import Progress, silent
+from llmattrib.rng import stream
+
+Form = Literal["total_gradient", "cavity"]
+LARGE = 2048
+"""Groups above which the n x n system is float32."""
+
+
+@dataclass(frozen=True)
+class MeanFieldResult:
+    """Representers and how they came about.
+
+    Attributes:
+        representers: [n, c, p]; the value of player i for a query is <phi(query), representers[i]>.
+        form: how the derivative was taken.
+        semivalue: the measure over q.
+        sum_rule_error: |sum_i v_i - w_N| / max(|w_N|, |V|), Frobenius norms over all responses; Shapley only, else
+            None. |V| keeps the ratio finite where values cancel (centred features and equal responses).
+        quadrature_error: change of sum_i v_i in the last refinement, in the same units; None without refinement.
+        num_nodes: q-nodes evaluated.
+        num_iterations: mean-field rounds over all nodes.
+        num_groups: players after equal ones were joined.
+        precision: dtype of the n x n system and the representers.
+        seconds: wall time.
+        notes: what a reader of the values should know.
+    """
+
+    representers: Float[np.ndarray, "n c p"]
+    form: Form
+    semivalue: str
+    sum_rule_error: float | None
+    quadrature_error: float | None
+    num_nodes: int
+    num_iterations: int
+    num_groups: int
+    precision: str
+    seconds: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MeanField:
+    """The estimator.
+
+    Attributes:
+        semivalue: the measure over q.
+        form: `total_gradient` or `cavity`.
+        tolerance: sum-rule error (total gradient, Shapley) or quadrature error (else) to refine the nodes to.
+        max_level: refinements allowed; level k has 8 * 2^k - 1 inner nodes.
+        duplicate_tolerance: rows nearer than this, relative to their norm, with equal responses, are copies;
+            None keeps every player by itself.
+        fixed_point_tolerance: largest change of log d in the last round.
+        max_iterations: rounds allowed for one node.
+        max_bytes: memory allowed; what is available when None.
+    """
+
+    semivalue: Semivalue = SHAPLEY
+    form: Form = "total_gradient"
+    tolerance: float = 1e-3
+    max_level: int = 4
+    duplicate_tolerance: float | None = 1e-4
+    fixed_point_tolerance: float = 1e-6
+    max_iterations: int = 60
+    max_bytes: int | None = None
+
+    def init(self, game: KernelGame, progress: Progress = silent) -> MeanFieldResult:
+        """Compute the representers of all players.
+
+        Args:
+            game: the kernel game.
+            progress: called with (nodes done, nodes of the present rule).
+
+        Raises:
+            MethodError: it does not fit the memory, or the mean field does not converge.
+        """
+        begin = time.perf_counter()
+        self._check_memory(game)
+        groups = group_copies(game.space.coordinates, game.responses, self.duplicate_tolerance)
+        run = _Run(self, game, groups, progress)
+        members, error = run.points() if self.semivalue.beta is None else run.refine()
+        total = members.sum(axis=0, dtype=np.float64)
+        representers = (members / groups.counts[:, None, None].astype(members.dtype))[groups.group]
+        result = MeanFieldResult(
+            representers=np.stack([game.space.lift(representers[:, c]) for c in range(representers.shape[1])], axis=1),
+            form=self.form,
+            semivalue=self.semivalue.name,
+            sum_rule_error=run.sum_rule_error(members, total) if self.semivalue.is_shapley else None,
+            quadrature_error=error,
+            num_nodes=run.num_nodes,
+            num_iterations=run.num_iterations,
+            num_groups=len(groups.counts),
+            precision=run.dtype.name,
+            seconds=0.0,
+            notes=(),
+        )
+        return replace(result, notes=self._notes(result, len(game.features)), seconds=time.perf_counter() - begin)
+
+    def compute(self, result: MeanFieldResult, queries: Float[np.ndarray, "m p"]) -> Float[np.ndarray, "m n c"]:
+        """Return the values of all players for query features."""
+        return np.asarray(np.einsum("mp,ncp->mnc", queries, result.representers, optimize=True))
+
+    def _notes(self, result: MeanFieldResult, num_players: int) -> tuple[str, ...]:
+        notes = []
+        if result.num_groups < num_players:
+            notes.append(
+                f"{num_players - result.num_groups} of {num_players} examples repeat another one; "
+                "copies share their group's value equally"
+            )
+        error = result.sum_rule_error if self.form == "total_gradient" else result.quadrature_error
+        if error is not None and error > self.tolerance:
+            notes.append(
+                f"the q-axis is not resolved: error {error:.1e} above the tolerance {self.tolerance:.0e} "
+                f"with {result.num_nodes} nodes; take a larger ridge"
+            )
+        if self.form == "cavity" and result.sum_rule_error is not None and result.sum_rule_error > self.tolerance:
+            notes.append(
+                f"the cavity form does not keep the sum rule (error {result.sum_rule_error:.1e}): "
+                "ranks are reliable, shares of the total are not"
+            )
+        return tuple(notes)
+
+    def _check_memory(self, game: KernelGame) -> None:
+        (n, p), c = game.features.shape, game.responses.shape[1]
+        wide, d = (8 if n <= LARGE else 4), min(n, p)
+        rows = 8 * 4 * n * d + (8 * p * d if n < p else 0) + wide * n * (d * (c * (self.max_level + 2) + 3) + c * p)
+        system = wide * n * n if self.form == "total_gradient" else 0
+        fix = "set reduce.form=cavity, which needs no n x n system" if system else "use a smaller features.sketch.dim"
+        require_memory(rows + system, f"mean-field Shapley of {n} examples in {d} dimensions", fix, self.max_bytes)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Players joined into groups of equal ones.
+
+    Attributes:
+        group: [n] group of each player.
+        leaders: [g] the player whose row stands for the group.
+        counts: [g] members.
+    """
+
+    group: Int[np.ndarray, " n"]
+    leaders: Int[np.ndarray, " g"]
+    counts: Int[np.ndarray, " g"]
+
+
+def group_copies(
+    coordinates: Float[np.ndarray, "n d"], responses: Float[np.ndarray, "n c"], tolerance: float | None
+) -> Groups:
+    """Join players whose rows agree within `tolerance` of their norm and whose responses are equal.
+
+    Rows are sorted along a random direction, so only neighbours within the tolerance are compared.
+    """
+    if tolerance is None:
+        everyone = np.arange(len(coordinates))
+        return Groups(everyone, everyone, np.ones_like(everyone))
+    norms = np.linalg.norm(coordinates, axis=1)
+    direction = stream(0, "mean_field", "copies").standard_normal(coordinates.shape[1])
+    direction = direction / np.linalg.norm(direction)
+    heights = coordinates @ direction
+    order = np.argsort(heights, kind="stable")
+    leader_of = np.arange(len(coordinates))
+    first = 0
+    for position, player in enumerate(order):
+        while heights[player] - heights[order[first]] > tolerance * norms[player]:
+            first += 1
+        near = order[first:position]
+        near = near[leader_of[near] == near]
+        if len(near):
+            far = np.linalg.norm(coordinates[near] - coordinates[player], axis=1) > tolerance * norms[player]
+            same = ~far & (responses[near] == responses[player]).all(axis=1)
+            if same.any():
+                leader_of[player] = near[np.argmax(same)]
+    leaders, group, counts = np.unique(leader_of, return_inverse=True, return_counts=True)
+    return Groups(group, leaders, counts)
+
+
+class _Run:
+    """One evaluation: the fields solved so far, and what they cost."""
+
+    def __init__(self, estimator: MeanField, game: KernelGame, groups: Groups, progress: Progress) -> None:
+        self.estimator, self.ridge, self.progress = estimator, game.ridge, progress
+        self.coordinates = game.space.coordinates[groups.leaders]
+        self.responses = game.responses[groups.leaders].astype(np.float64)
+        self.counts = groups.counts
+        self.dtype = np.dtype(np.float64 if len(groups.counts) <= LARGE else np.float32)
+        factor, whitened = factorize(self.coordinates, self.counts.astype(np.float64), self.ridge)
+        full = whitened.T @ (self.counts[:, None] * self.responses)
+        self.full_weights = scipy.linalg.solve_triangular(factor, full, lower=True, trans="T").T
+        leverage = np.einsum("gd,gd->g", whitened, whitened)
+        norms = np.einsum("gd,gd->g", self.coordinates, self.coordinates)
+        self.known = {  # u -> log d, exact at both ends
+            0.0: np.log(np.maximum(norms / self.ridge, TINY)),
+            1.0: np.log(np.maximum(leverage / (1 - self.counts * leverage), TINY)),
+        }
+        self.num_nodes = self.num_iterations = 0
+
+    def points(self) -> tuple[np.ndarray, None]:
+        """Sum over point masses."""
+        rule = NestedRule(self.estimator.semivalue, self._shift())
+        total = np.zeros((*self.responses.shape, self.coordinates.shape[1]), self.dtype)
+        points = self.estimator.semivalue.points
+        for done, (q, weight) in enumerate(points):
+            total += weight * self._node(q, rule.u(q))
+            self.progress(done + 1, len(points))
+        return total, None
+
+    def refine(self) -> tuple[np.ndarray, float | None]:
+        """Integrate a density, refining the nested rule until the tolerance is met."""
+        rule = NestedRule(self.estimator.semivalue, self._shift())
+        levels = range(self.estimator.max_level + 1)
+        shape = (*self.responses.shape, self.coordinates.shape[1])
+        sums = [np.zeros(shape, self.dtype) for _ in levels]
+        previous, change = None, None
+        for level in levels:
+            nodes = rule.nodes(level)
+            for done, (index, u) in enumerate(nodes):
+                node = self._node(rule.q(u), u)
+                for finer in levels[level:]:
+                    sums[finer] += rule.weight(level, index, finer) * node
+                self.progress(done + 1, len(nodes))
+            total = sums[level].sum(axis=0, dtype=np.float64)
+            change = None if previous is None else self._relative(total - previous, sums[level])
+            previous = total
+            exact = self.estimator.form == "total_gradient" and self.estimator.semivalue.is_shapley
+            error = self.sum_rule_error(sums[level], total) if exact else change
+            if error is not None and error <= self.estimator.tolerance:
+                break
+        return sums[level], change
+
+    def sum_rule_error(self, values: np.ndarray, total: np.ndarray) -> float:
+        """Compare the sum of all values with the weights of the full model."""
+        return self._relative(total - self.full_weights, values)
+
+    def _relative(self, difference: np.ndarray, values: np.ndarray) -> float:
+        member = values / np.sqrt(self.counts)[:, None, None]  # k members of V/k have norm V/sqrt(k)
+        scale = max(float(np.linalg.norm(self.full_weights)), float(np.linalg.norm(member)))
+        return float(np.linalg.norm(difference)) / scale if scale else 0.0
+
+    def _shift(self) -> float:
+        """Return q0 = 30 lam / mu; mu by power iteration, a few per cent suffice."""
+        vector = self.coordinates[np.argmax(np.einsum("gd,gd->g", self.coordinates, self.coordinates))]
+        for _ in range(20):
+            vector = vector / np.linalg.norm(vector)
+            vector = self.coordinates.T @ (self.counts * (self.coordinates @ vector))
+        return SHIFT_FACTOR * self.ridge / float(np.linalg.norm(vector))
+
+    def _node(self, q: float, u: float) -> Float[np.ndarray, "g c d"]:
+        """Return the group representers at q."""
+        field = solve_field(
+            self.coordinates,
+            self.counts,
+            self.ridge,
+            q,
+            self._guess(u),
+            tolerance=self.estimator.fixed_point_tolerance,
+            max_iterations=self.estimator.max_iterations,
+        )
+        self.known[u] = np.log(field.cavity)
+        self.num_nodes += 1
+        self.num_iterations += field.num_iterations
+        residual = self.responses - field.whitened @ field.weights(self.responses)
+        mix = _mixer(field, self.estimator.form, self.dtype)
+        scale = (self.counts * field.sites.slope / field.sites.empty**2).astype(self.dtype)
+        whitened = field.whitened.astype(self.dtype)
+        columns = [
+            field.unwhiten(scale[:, None] * mix(residual[:, c : c + 1].astype(self.dtype) * whitened))
+            for c in range(residual.shape[1])
+        ]
+        return np.stack(columns, axis=1)
+
+    def _guess(self, u: float) -> Float[np.ndarray, " g"]:
+        """Interpolate log d from the (up to four) nearest nodes solved."""
+        nearest = sorted(self.known, key=lambda other: abs(other - u))[:4]
+        guess = np.zeros(len(self.counts))
+        for node in nearest:
+            others = [other for other in nearest if other != node]
+            guess += np.prod([(u - other) / (node - other) for other in others]) * self.known[node]
+        return guess
+
+
+def _mixer(field: Field, form: Form, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the map U -> b^-1 N^-1 b U of the total gradient, or the identity where there is nothing to mix."""
+    b = np.sqrt(field.sites.variance) / field.sites.empty**2
+    if form == "cavity" or not b.all():
+        return lambda rows: rows
+    scaled = (np.sqrt(b)[:, None] * field.whitened).astype(dtype)
+    syrk = scipy.linalg.get_blas_funcs("syrk", (scaled,))
+    potrf, potrs = scipy.linalg.get_lapack_funcs(("potrf", "potrs"), (scaled,))
+    system = syrk(1.0, scaled.T, trans=1, lower=1)
+    np.multiply(system, system, out=system)
+    np.negative(system, out=system)
+    system[np.diag_indices(len(system))] = 1
+    factor, failed = potrf(system, lower=1, overwrite_a=1)
+    if failed:
+        raise MethodError(
+            f"the mean field is not stable at q = {field.q:.3g}",
+            expected="a positive definite response of the fixed point",
+            fix="take a larger ridge, or set reduce.form=cavity",
+        )
+    b = b.astype(dtype)[:, None]
+
+    def mix(rows: np.ndarray) -> np.ndarray:
+        solved: np.ndarray = potrs(factor, b * rows, lower=1)[0]
+        return np.asarray(solved / b)
+
+    return mix

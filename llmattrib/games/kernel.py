@@ -1,0 +1,188 @@
+"""The kernel game: ridge regression on features, played by training examples.
+
+    v_S(x) = phi(x)^T w_S,   w_S = P_S Phi_S^T y_S,   P_S = (lam I + Phi_S^T Phi_S)^-1
+
+Values are linear in phi(x), so a player's value is a representer in feature space and one set of representers serves
+every query. All responses (the c columns of y) share P_S. Rows span at most d = min(n, p) dimensions; `row_space`
+rotates into them exactly (QR, float64), so every estimator works in d dimensions, and maps results back. Nothing is
+dropped for numerical rank: lam > 0 keeps every solve definite, and a direction without data costs time, not accuracy.
+
+Takes arrays, or blocks of rows where they may be long; knows nothing of models, stores or queries.
+Limits: `row_space` of n < p holds Phi in float64 (n p <= p^2 numbers); p >= n does Grams of p^2.
+Source: docs/methods.md section 3; Wang et al. 2024 (FreeShap) for the game, the hat-matrix identities are classical.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy.linalg
+from jaxtyping import Bool, Float
+
+Blocks = Callable[[], Iterator[tuple[int, Float[np.ndarray, "m p"]]]]
+"""Called for a fresh pass over (first row, rows)."""
+
+LOO_GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Relative ridges that leave-one-out chooses from."""
+
+
+def array_blocks(rows: Float[np.ndarray, "n p"], max_rows: int = 1024) -> Blocks:
+    """Serve an array as blocks."""
+
+    def blocks() -> Iterator[tuple[int, Float[np.ndarray, "m p"]]]:
+        for start in range(0, len(rows), max_rows):
+            yield start, rows[start : start + max_rows]
+
+    return blocks
+
+
+def form_gram(blocks: Blocks, dim: int) -> Float[np.ndarray, "p p"]:
+    """Return Phi^T Phi in float64; the one place where rows sharded over ranks would be summed.
+
+    A float32 Gram would put errors of 6e-8 |Phi|^2 beside lam, which is 1e-7 |Phi|^2 at ridge 0.01 and n = 100,000.
+    """
+    gram = np.zeros((dim, dim))
+    for _, rows in blocks():
+        wide = rows.astype(np.float64)
+        gram += wide.T @ wide
+    return gram
+
+
+@dataclass(frozen=True)
+class RowSpace:
+    """Rows in an orthonormal basis of d = min(n, p) dimensions that contains them.
+
+    Attributes:
+        coordinates: [n, d] float64, R of Phi = R Q^T.
+        basis: [p, d] float64 Q, or None when d = p and Q = I.
+    """
+
+    coordinates: Float[np.ndarray, "n d"]
+    basis: Float[np.ndarray, "p d"] | None
+
+    def lift(self, rows: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m p"]:
+        """Map coordinates to feature space."""
+        return rows if self.basis is None else rows @ self.basis.T.astype(rows.dtype, copy=False)
+
+    def project(self, rows: Float[np.ndarray, "m p"]) -> Float[np.ndarray, "m d"]:
+        """Map feature rows to coordinates; what lies outside the row space is lost."""
+        return rows if self.basis is None else rows @ self.basis.astype(rows.dtype, copy=False)
+
+
+def row_space(features: Float[np.ndarray, "n p"]) -> RowSpace:
+    """Rotate rows into their span when n < p, by Householder QR; the identity otherwise."""
+    n, p = features.shape
+    if n >= p:
+        return RowSpace(features.astype(np.float64), None)
+    basis, triangle = np.linalg.qr(features.T.astype(np.float64))
+    return RowSpace(np.ascontiguousarray(triangle.T), basis)
+
+
+def mean_square(features: Float[np.ndarray, "n p"]) -> float:
+    """Return the mean squared row norm, the unit of a relative ridge."""
+    return float(np.einsum("ij,ij->", features, features, dtype=np.float64) / len(features))
+
+
+def leave_one_out_errors(
+    blocks: Blocks, responses: Float[np.ndarray, "n c"], gram: Float[np.ndarray, "p p"], ridges: Sequence[float]
+) -> list[float]:
+    """Return the mean squared leave-one-out residual at each absolute ridge, in closed form.
+
+    The residual of i without i is (y_i - phi_i^T w) / (1 - h_i), h_i = phi_i^T P phi_i. One eigendecomposition, two
+    passes over the rows.
+
+    Args:
+        blocks: the rows of Phi.
+        responses: [n, c].
+        gram: Phi^T Phi.
+        ridges: absolute values of lam.
+
+    Returns:
+        One mean over players and responses for each ridge.
+    """
+    values, vectors = np.linalg.eigh(gram)
+    values = np.maximum(values, 0.0)
+    target = np.zeros((len(gram), responses.shape[1]))
+    for start, rows in blocks():
+        target += rows.T.astype(np.float64) @ responses[start : start + len(rows)]
+    target = vectors.T @ target
+    totals = np.zeros(len(ridges))
+    for start, rows in blocks():
+        turned = rows.astype(np.float64) @ vectors
+        wanted = responses[start : start + len(rows)]
+        for index, lam in enumerate(ridges):
+            leverage = turned**2 @ (1 / (values + lam))
+            residual = wanted - turned @ (target / (values + lam)[:, None])
+            totals[index] += np.sum((residual / (1 - leverage)[:, None]) ** 2)
+    return [float(total / responses.size) for total in totals]
+
+
+@dataclass(frozen=True)
+class KernelGame:
+    """The game of n players.
+
+    Attributes:
+        features: [n, p] Phi.
+        responses: [n, c] y.
+        ridge: lam, absolute and positive; `relative` sets it in units of the mean squared feature norm.
+    """
+
+    features: Float[np.ndarray, "n p"]
+    responses: Float[np.ndarray, "n c"]
+    ridge: float
+
+    def __post_init__(self) -> None:
+        """Check our own invariants."""
+        assert len(self.features) == len(self.responses) > 0
+        assert self.ridge > 0
+
+    @classmethod
+    def relative(
+        cls, features: Float[np.ndarray, "n p"], responses: Float[np.ndarray, "n c"], ridge: float
+    ) -> "KernelGame":
+        """Make a game whose lam is `ridge` times the mean squared feature norm."""
+        return cls(features, responses, ridge * mean_square(features))
+
+    @cached_property
+    def space(self) -> RowSpace:
+        """The rows in d = min(n, p) dimensions."""
+        return row_space(self.features)
+
+    def _solve(self, members: Bool[np.ndarray, " n"], sides: Float[np.ndarray, "d k"]) -> Float[np.ndarray, "d k"]:
+        """Return P_S applied to columns."""
+        rows = self.space.coordinates[members]
+        matrix = rows.T @ rows
+        matrix[np.diag_indices(len(matrix))] += self.ridge
+        solved: Float[np.ndarray, "d k"] = scipy.linalg.solve(matrix, sides, assume_a="pos")
+        return solved
+
+    def _weights(self, members: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "c d"]:
+        rows = self.space.coordinates[members]
+        return self._solve(members, rows.T @ self.responses[members].astype(np.float64)).T
+
+    def weights(self, members: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "c p"]:
+        """Return w_S, the representer of the whole subset."""
+        return self.space.lift(self._weights(members))
+
+    def value(self, members: Bool[np.ndarray, " n"], queries: Float[np.ndarray, "m p"]) -> Float[np.ndarray, "m c"]:
+        """Return v_S at query features."""
+        return np.asarray(queries @ self.weights(members).T)
+
+    def marginals(self, members: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "n c p"]:
+        """Return the representers of v(S + i) - v(S - i) for every player i, exactly, from one solve.
+
+        P_S phi_i r_i / (1 + h_i) for i outside S and / (1 - h_i) for i inside, r_i = y_i - phi_i^T w_S.
+        """
+        coordinates = self.space.coordinates
+        solved = self._solve(members, coordinates.T).T
+        leverage = np.einsum("nd,nd->n", coordinates, solved)
+        residual = self.responses - coordinates @ self._weights(members).T
+        residual = residual / np.where(members, 1 - leverage, 1 + leverage)[:, None]
+        return np.asarray(residual[:, :, None] * self.space.lift(solved)[:, None, :])
+
+    def leave_one_out_errors(self, ridges: Sequence[float]) -> list[float]:
+        """Return the mean squared leave-one-out residual at each absolute ridge; see the function of that name."""
+        blocks = array_blocks(self.space.coordinates)
+        gram = form_gram(blocks, self.space.coordinates.shape[1])
+        return leave_one_out_errors(blocks, self.responses.astype(np.float64), gram, ridges)
