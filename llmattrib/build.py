@@ -257,39 +257,67 @@ def _write(
     progress(num_rows - num_todo, num_rows)
     for shard in mine:
         start, stop = store.shard_range(shard)
-        rows = np.empty((stop - start, extractor.num_outputs, sketch.dim), np.float32)
-        columns = {name: np.empty(stop - start, np.float32) for name in COLUMNS}
-        for batch in length_batches(
-            [len(item) for item in encoded.encoded[start:stop]], config.features.tokens_per_batch
-        ):
-            examples = [encoded.examples[start + row] for row in batch]
-            rows[batch], values = _extract(
-                config, extractor, sketch, [encoded.encoded[start + row] for row in batch], examples
-            )
-            for name in COLUMNS:
-                columns[name][batch] = values[name]
-            num_done += len(batch)
-            progress(num_rows - num_todo + num_done * num_todo // num_mine, num_rows)
+
+        def report(done: int, _: int, before: int = num_done) -> None:
+            progress(num_rows - num_todo + (before + done) * num_todo // num_mine, num_rows)
+
+        part = slice(start, stop)
+        rows, columns = extract_rows(
+            config, extractor, sketch, encoded.encoded[part], encoded.examples[part], progress=report
+        )
+        num_done += stop - start
         store.write_shard(shard, rows, columns)
     return len(mine)
 
 
-def _extract(
-    config: RunConfig, extractor: Extractor, sketch: Sketch, batch: Sequence[Encoded], examples: Sequence[Example]
-) -> tuple[Float[np.ndarray, "b c p"], dict[str, Float[np.ndarray, " b"]]]:
-    """Compute one batch, or say which example or which setting is to blame."""
-    with _device_memory(config, len(batch)):
-        features = extractor.extract(batch, sketch)
-    bad = features.nonfinite_rows()
-    if bad:
-        example = examples[bad[0]]
-        raise NonFiniteGradientError(
-            f"the gradient of example {example.id!r} (row {example.index}) is NaN or infinite; its loss is "
-            f"{features.columns['loss'][bad[0]]:g}",
-            expected="finite numbers",
-            fix="look at that example's text; if it is in order, try model.dtype=float32 (or bfloat16 for float16)",
-        )
-    return features.phi, features.columns
+def extract_rows(
+    config: RunConfig,
+    extractor: Extractor,
+    sketch: Sketch,
+    encoded: Sequence[Encoded],
+    examples: Sequence[Example],
+    progress: Progress = silent,
+) -> tuple[Float[np.ndarray, "m c p"], dict[str, Float[np.ndarray, " m"]]]:
+    """Compute the features of tokenised examples in batches of similar length.
+
+    Args:
+        config: the run; reads `features.tokens_per_batch`.
+        extractor: from `load_extractor`.
+        sketch: the store's, or an exact one.
+        encoded: m tokenised examples.
+        examples: the same examples, for error messages.
+        progress: told of examples done.
+
+    Returns:
+        Features, and the columns of the store, in the order of `encoded`.
+
+    Raises:
+        NonFiniteGradientError: an example's gradient is NaN or infinite.
+        DeviceMemoryError: a batch does not fit on the device.
+    """
+    rows = np.empty((len(encoded), extractor.num_outputs, sketch.dim), np.float32)
+    columns = {name: np.empty(len(encoded), np.float32) for name in COLUMNS}
+    num_done = 0
+    for batch in length_batches(list(map(len, encoded)), config.features.tokens_per_batch):
+        with _device_memory(config, len(batch)):
+            features = extractor.extract([encoded[row] for row in batch], sketch)
+        bad = features.nonfinite_rows()
+        if bad:
+            raise _not_finite(examples[batch[bad[0]]], float(features.columns["loss"][bad[0]]))
+        rows[batch] = features.phi
+        for name in COLUMNS:
+            columns[name][batch] = features.columns[name]
+        num_done += len(batch)
+        progress(num_done, len(encoded))
+    return rows, columns
+
+
+def _not_finite(example: Example, loss: float) -> NonFiniteGradientError:
+    return NonFiniteGradientError(
+        f"the gradient of example {example.id!r} (row {example.index}) is NaN or infinite; its loss is {loss:g}",
+        expected="finite numbers",
+        fix="look at that example's text; if it is in order, try model.dtype=float32 (or bfloat16 for float16)",
+    )
 
 
 @contextmanager
