@@ -82,7 +82,11 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    """LoRA fine-tuning: AdamW, linear warm-up and decay, loss on completion tokens only."""
+    """LoRA fine-tuning: AdamW, linear warm-up and decay, loss on completion tokens only.
+
+    `dtype` is of the frozen base weights; `auto` is bfloat16 on a GPU that computes in it and float32 elsewhere (a
+    CPU without bfloat16 instructions is some fifteen times slower in it).
+    """
 
     epochs: PositiveInt = 3
     learning_rate: float = Field(2e-4, gt=0)
@@ -90,7 +94,7 @@ class TrainConfig(Section):
     warmup_ratio: float = Field(0.05, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
 class SketchConfig(Section):

@@ -207,7 +207,7 @@ def load_model(
         check_adapter(path, config.name, base_print)
     tokenizer = load_tokenizer(folder, paths, trust_remote_code=config.trust_remote_code)
     context = context_length(folder, tokenizer, trust_remote_code=config.trust_remote_code)
-    base = _load_base(config, folder, dtype or config.dtype, _device(device or config.device))
+    base = _load_base(config, folder, dtype or config.dtype, resolve_device(device or config.device))
     check_tokenizer(tokenizer, int(base.get_input_embeddings().num_embeddings))
     if paths:
         check_shapes(paths, base)
@@ -241,7 +241,7 @@ def prepare_trainable(config: ModelConfig, dtype: str, seed: int, device: str | 
     folder = resolve_base(config.name, revision=config.revision, trust_remote_code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
     context = context_length(folder, tokenizer, trust_remote_code=config.trust_remote_code)
-    base = _load_base(config, folder, dtype, _device(device or config.device))
+    base = _load_base(config, folder, dtype, resolve_device(device or config.device))
     check_tokenizer(tokenizer, int(base.get_input_embeddings().num_embeddings))
     loaded = _loaded(_fresh(base, config, seed), tokenizer, ["default"], context)
     factors = [factor for layer in loaded.layers for factor in layer.factors("default")[:2]]
@@ -287,7 +287,12 @@ def save_adapter(loaded: LoadedModel, folder: Path, base_name: str) -> None:
     settings.write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """Return the device a config names; `auto` is the current GPU, or the CPU without one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
     if name == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:

@@ -26,7 +26,7 @@ from llmattrib.data import data_fingerprint, load_examples
 from llmattrib.encoding import Encoded, EncodedSet, collate, encode_all, encoded_fingerprint
 from llmattrib.errors import ConfigError, FingerprintMismatchError, NonFiniteGradientError
 from llmattrib.forward import completion_logits
-from llmattrib.model import LoadedModel, prepare_trainable, save_adapter
+from llmattrib.model import LoadedModel, prepare_trainable, resolve_device, save_adapter
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
 from llmattrib.weights import (
@@ -155,7 +155,9 @@ def _train(
     """Run all epochs, from the saved state when there is one; save the adapter; return its record."""
     target = Path(config.layout.adapter)
     state_file = target.with_name("adapter.state.safetensors")
-    loaded = prepare_trainable(config.model, config.train.dtype, config.seed)
+    device = resolve_device(config.model.device)
+    dtype = training_dtype(config.train.dtype, device)
+    loaded = prepare_trainable(config.model, dtype, config.seed, str(device))
     factors = _named_factors(loaded)
     optimizer = torch.optim.AdamW(
         factors.values(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay
@@ -170,6 +172,7 @@ def _train(
         "fingerprint": fingerprint,
         "num_steps": config.train.epochs * _num_batches(len(encoded), config.train.batch_size),
         "losses": losses,
+        "dtype": dtype,
     }
     with new_folder(target) as folder:
         save_adapter(loaded, folder, config.model.name)
@@ -199,7 +202,7 @@ def _epoch(
         for group in optimizer.param_groups:
             group["lr"] = rate
         with _dropout_stream(config, step):
-            loss, tokens = _backward(loaded, [encoded[row] for row in rows], settings.dtype)
+            loss, tokens = _backward(loaded, [encoded[row] for row in rows])
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         if not bool(torch.isfinite(norm)):
@@ -216,9 +219,9 @@ def _epoch(
     return total_loss / total_tokens
 
 
-def _backward(loaded: LoadedModel, examples: Sequence[Encoded], dtype: str) -> tuple[float, int]:
+def _backward(loaded: LoadedModel, examples: Sequence[Encoded]) -> tuple[float, int]:
     """Accumulate the gradient of the batch's mean loss; return that loss and its number of tokens."""
-    scale = FLOAT16_LOSS_SCALE if dtype == "float16" else 1.0
+    scale = FLOAT16_LOSS_SCALE if loaded.fingerprint["dtype"] == "float16" else 1.0
     batch = collate(examples, loaded.pad_id).to(loaded.device)
     logits, _, target = completion_logits(loaded.model, batch)
     loss = torch.nn.functional.cross_entropy(logits, target)
@@ -228,6 +231,13 @@ def _backward(loaded: LoadedModel, examples: Sequence[Encoded], dtype: str) -> t
             if parameter.grad is not None:
                 parameter.grad /= scale
     return loss.item(), len(target)
+
+
+def training_dtype(dtype: str, device: torch.device) -> str:
+    """Return the dtype that `auto` stands for on a device, or `dtype` itself."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup_ratio: float) -> float:
