@@ -12,7 +12,7 @@ Iterating d -> s/(1 - c s) alone takes up to 40 rounds near the q where the subs
 Anderson acceleration of log d needs 3-8. Source: docs/methods.md section 3; Walker and Ni 2011 (Anderson).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import scipy.linalg
@@ -28,19 +28,28 @@ _DEPTH = 3  # previous steps that Anderson acceleration combines
 
 @dataclass(frozen=True)
 class Sites:
-    """Averages over the number m of copies of each group that are in the subset, given d.
+    """Averages over the number m of copies of each group that are in the subset, given d and q.
+
+    With x = m/(1 + m d), t = (x - E[x])/e^2 is how a draw of m departs from the mean field (its T-matrix, E[t] = 0).
+    Suffixes _q and _d are partial derivatives.
 
     Attributes:
-        weight: c.
+        weight: c = E[x]/e.
         empty: e = E[1/(1 + m d)].
-        variance: Var(m/(1 + m d)).
-        slope: E over the other copies of 1/((1 + m d)(1 + (m+1) d)), the mean effect of one copy more.
+        gain: derivative of c in q.
+        variance: v = E[t^2].
+        skew: E[t^3]/v; 0 where v = 0. For k = 1 the two values of t are the roots of t^2 - skew t - v.
     """
 
     weight: Float[np.ndarray, " g"]
     empty: Float[np.ndarray, " g"]
+    gain: Float[np.ndarray, " g"]
     variance: Float[np.ndarray, " g"]
-    slope: Float[np.ndarray, " g"]
+    variance_q: Float[np.ndarray, " g"]
+    variance_d: Float[np.ndarray, " g"]
+    skew: Float[np.ndarray, " g"]
+    skew_q: Float[np.ndarray, " g"]
+    skew_d: Float[np.ndarray, " g"]
 
 
 def sites(cavity: Float[np.ndarray, " g"], q: float, counts: Int[np.ndarray, " g"]) -> Sites:
@@ -51,23 +60,49 @@ def sites(cavity: Float[np.ndarray, " g"], q: float, counts: Int[np.ndarray, " g
         q: probability of each copy.
         counts: k, copies in each group.
     """
-    d = cavity
-    empty = (1 - q) + q / (1 + d)
-    mean = q / (1 + d)
-    variance = q * (1 - q) / (1 + d) ** 2
-    slope = 1 / (1 + d)
-    many = np.flatnonzero(counts > 1)
-    if len(many):
-        copies, k = np.arange(counts.max() + 1)[None, :], counts[many][:, None]
-        share = copies / (1 + copies * d[many][:, None])
-        chance = binom.pmf(copies, k, q)
-        mean[many] = np.sum(chance * share, axis=1)
-        empty[many] = np.sum(chance / (1 + copies * d[many][:, None]), axis=1)
-        variance[many] = np.sum(chance * (share - mean[many][:, None]) ** 2, axis=1)
-        others = binom.pmf(copies, k - 1, q)
-        both = (1 + copies * d[many][:, None]) * (1 + (copies + 1) * d[many][:, None])
-        slope[many] = np.sum(others / both, axis=1)
-    return Sites(mean / empty, empty, variance, slope)
+    table = np.empty((len(fields(Sites)), len(cavity)))
+    for rows in (counts == 1, counts > 1):
+        if rows.any():
+            table[:, rows] = _averages(cavity[rows, None], q, counts[rows, None])
+    return Sites(*table)
+
+
+def _averages(d: Float[np.ndarray, "g 1"], q: float, k: Int[np.ndarray, "g 1"]) -> Float[np.ndarray, "9 g"]:
+    """Return the fields of `Sites` for groups of similar size."""
+    m = np.arange(k.max() + 1)[None, :]
+    chance = binom.pmf(m, k, q)
+    chance_q = k * (binom.pmf(m - 1, k - 1, q) - binom.pmf(m, k - 1, q))
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.asarray(np.sum(chance * values, axis=1, keepdims=True))
+
+    def slope(values: np.ndarray) -> np.ndarray:
+        return np.asarray(np.sum(chance_q * values, axis=1, keepdims=True))
+
+    x = m / (1 + m * d)
+    center, e = mean(x), mean(1 / (1 + m * d))
+    y = x - center
+    second, second_q, second_d = mean(y**2), slope(y**2), -2 * mean(y * x**2)
+    third, third_q = mean(y**3), slope(y**3) - 3 * second * slope(x)
+    third_d = 3 * mean(y**2 * (mean(x**2) - x**2))
+    log_e_q, log_e_d = slope(1 / (1 + m * d)) / e, -mean(m / (1 + m * d) ** 2) / e
+    v = second / e**4
+    safe = np.where(second > 0, second, 1)
+    skew = third / safe / e**2
+    return np.concatenate(
+        [
+            center / e,
+            e,
+            slope(x) / e**2,
+            v,
+            second_q / e**4 - 4 * v * log_e_q,
+            second_d / e**4 - 4 * v * log_e_d,
+            skew,
+            third_q / safe / e**2 - skew * (second_q / safe + 2 * log_e_q),
+            third_d / safe / e**2 - skew * (second_d / safe + 2 * log_e_d),
+        ],
+        axis=1,
+    ).T
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ Limits: n^2 numbers (20,000 groups: 1.6 GB), n p in float64; time (n^3/3 + n^2 d
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -31,13 +30,14 @@ from jaxtyping import Float, Int
 
 from llmattrib.errors import MethodError
 from llmattrib.estimators.fixed_point import TINY, Field, factorize, solve_field
+from llmattrib.estimators.pairs import pair_gradient
 from llmattrib.estimators.quadrature import SHAPLEY, SHIFT_FACTOR, NestedRule, Semivalue
 from llmattrib.games.kernel import KernelGame
 from llmattrib.games.memory import require_memory
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
 
-Form = Literal["total_gradient", "cavity"]
+Form = Literal["pairs", "total_gradient", "cavity"]
 LARGE = 2048
 """Groups above which the n x n system is float32."""
 
@@ -50,8 +50,8 @@ class MeanFieldResult:
         representers: [n, c, p]; the value of player i for a query is <phi(query), representers[i]>.
         form: how the derivative was taken.
         semivalue: the measure over q.
-        sum_rule_error: |sum_i v_i - w_N| / max(|w_N|, |V|), Frobenius norms over all responses; Shapley only, else
-            None. |V| keeps the ratio finite where values cancel (centred features and equal responses).
+        sum_rule_error: |sum_i v_i - w_N| / |w_N|, Frobenius norms over all responses; Shapley only, else None. Where
+            values cancel (centred features and equal responses) the divisor is at least a thousandth of |V|.
         quadrature_error: change of sum_i v_i in the last refinement, in the same units; None without refinement.
         num_nodes: q-nodes evaluated.
         num_iterations: mean-field rounds over all nodes.
@@ -142,7 +142,7 @@ class MeanField:
                 f"{num_players - result.num_groups} of {num_players} examples repeat another one; "
                 "copies share their group's value equally"
             )
-        error = result.sum_rule_error if self.form == "total_gradient" else result.quadrature_error
+        error = result.sum_rule_error if self.form != "cavity" else result.quadrature_error
         if error is not None and error > self.tolerance:
             notes.append(
                 f"the q-axis is not resolved: error {error:.1e} above the tolerance {self.tolerance:.0e} "
@@ -159,7 +159,7 @@ class MeanField:
         (n, p), c = game.features.shape, game.responses.shape[1]
         wide, d = (8 if n <= LARGE else 4), min(n, p)
         rows = 8 * 4 * n * d + (8 * p * d if n < p else 0) + wide * n * (d * (c * (self.max_level + 2) + 3) + c * p)
-        system = wide * n * n if self.form == "total_gradient" else 0
+        system = wide * n * n if self.form != "cavity" else 0
         fix = "set reduce.form=cavity, which needs no n x n system" if system else "use a smaller features.sketch.dim"
         require_memory(rows + system, f"mean-field Shapley of {n} examples in {d} dimensions", fix, self.max_bytes)
 
@@ -191,8 +191,7 @@ def group_copies(
         return Groups(everyone, everyone, np.ones_like(everyone))
     norms = np.linalg.norm(coordinates, axis=1)
     direction = stream(0, "mean_field", "copies").standard_normal(coordinates.shape[1])
-    direction = direction / np.linalg.norm(direction)
-    heights = coordinates @ direction
+    heights = coordinates @ (direction / np.linalg.norm(direction))
     order = np.argsort(heights, kind="stable")
     leader_of = np.arange(len(coordinates))
     first = 0
@@ -257,7 +256,7 @@ class _Run:
             total = sums[level].sum(axis=0, dtype=np.float64)
             change = None if previous is None else self._relative(total - previous, sums[level])
             previous = total
-            exact = self.estimator.form == "total_gradient" and self.estimator.semivalue.is_shapley
+            exact = self.estimator.form != "cavity" and self.estimator.semivalue.is_shapley
             error = self.sum_rule_error(sums[level], total) if exact else change
             if error is not None and error <= self.estimator.tolerance:
                 break
@@ -269,7 +268,7 @@ class _Run:
 
     def _relative(self, difference: np.ndarray, values: np.ndarray) -> float:
         member = values / np.sqrt(self.counts)[:, None, None]  # k members of V/k have norm V/sqrt(k)
-        scale = max(float(np.linalg.norm(self.full_weights)), float(np.linalg.norm(member)))
+        scale = max(float(np.linalg.norm(self.full_weights)), 1e-3 * float(np.linalg.norm(member)))
         return float(np.linalg.norm(difference)) / scale if scale else 0.0
 
     def _shift(self) -> float:
@@ -295,13 +294,9 @@ class _Run:
         self.num_nodes += 1
         self.num_iterations += field.num_iterations
         residual = self.responses - field.whitened @ field.weights(self.responses)
-        mix = _mixer(field, self.estimator.form, self.dtype)
-        scale = (self.counts * field.sites.slope / field.sites.empty**2).astype(self.dtype)
         whitened = field.whitened.astype(self.dtype)
-        columns = [
-            field.unwhiten(scale[:, None] * mix(residual[:, c : c + 1].astype(self.dtype) * whitened))
-            for c in range(residual.shape[1])
-        ]
+        gradient = _Gradient(field, whitened, self.estimator.form)
+        columns = [field.unwhiten(gradient(column)) for column in residual.T.astype(self.dtype)]
         return np.stack(columns, axis=1)
 
     def _guess(self, u: float) -> Float[np.ndarray, " g"]:
@@ -314,29 +309,55 @@ class _Run:
         return guess
 
 
-def _mixer(field: Field, form: Form, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the map U -> b^-1 N^-1 b U of the total gradient, or the identity where there is nothing to mix."""
-    b = np.sqrt(field.sites.variance) / field.sites.empty**2
-    if form == "cavity" or not b.all():
-        return lambda rows: rows
-    scaled = (np.sqrt(b)[:, None] * field.whitened).astype(dtype)
-    syrk = scipy.linalg.get_blas_funcs("syrk", (scaled,))
-    potrf, potrs = scipy.linalg.get_lapack_funcs(("potrf", "potrs"), (scaled,))
-    system = syrk(1.0, scaled.T, trans=1, lower=1)
-    np.multiply(system, system, out=system)
-    np.negative(system, out=system)
-    system[np.diag_indices(len(system))] = 1
-    factor, failed = potrf(system, lower=1, overwrite_a=1)
-    if failed:
-        raise MethodError(
-            f"the mean field is not stable at q = {field.q:.3g}",
-            expected="a positive definite response of the fixed point",
-            fix="take a larger ridge, or set reduce.form=cavity",
+class _Gradient:
+    """The derivative of E[w_S] in every group's q at one field, for any residual column."""
+
+    def __init__(self, field: Field, whitened: Float[np.ndarray, "g d"], form: Form) -> None:
+        self.whitened, self.sites, self.form = whitened, field.sites, form
+        self.gain, self.b = (
+            array.astype(whitened.dtype)[:, None] for array in (field.sites.gain, np.sqrt(field.sites.variance))
         )
-    b = b.astype(dtype)[:, None]
+        self.plain = form == "cavity" or not self.b.all()  # nothing scatters at q = 0 and q = 1
+        if not self.plain:
+            self._factorize(field.q)
 
-    def mix(rows: np.ndarray) -> np.ndarray:
-        solved: np.ndarray = potrs(factor, b * rows, lower=1)[0]
-        return np.asarray(solved / b)
+    def _factorize(self, q: float) -> None:
+        """Factorise N."""
+        scaled = np.sqrt(self.b) * self.whitened
+        syrk = scipy.linalg.get_blas_funcs("syrk", (scaled,))
+        potrf, self._potrs = scipy.linalg.get_lapack_funcs(("potrf", "potrs"), (scaled,))
+        system = syrk(1.0, scaled.T, trans=1, lower=1)
+        np.multiply(system, system, out=system)
+        np.negative(system, out=system)
+        system[np.diag_indices(len(system))] = 1
+        self.factor, failed = potrf(system, lower=1, overwrite_a=1)
+        if failed:
+            raise MethodError(
+                f"the mean field is not stable at q = {q:.3g}",
+                expected="a positive definite response of the fixed point",
+                fix="take a larger ridge, or set reduce.form=cavity",
+            )
 
-    return mix
+    def _solve(self, rows: Float[np.ndarray, "g d"]) -> Float[np.ndarray, "g d"]:
+        """Return gain b^-1 N^-1 rows."""
+        solved: np.ndarray = self._potrs(self.factor, rows, lower=1)[0]
+        return np.asarray(self.gain / self.b * solved)
+
+    def __call__(self, residual: Float[np.ndarray, " g"]) -> Float[np.ndarray, "g d"]:
+        """Return whitened representers."""
+        if self.plain:
+            return np.asarray(self.gain * residual[:, None] * self.whitened)
+        if self.form == "total_gradient":
+            return self._solve(self.b * residual[:, None] * self.whitened)
+        pairs, sites, dtype = pair_gradient(self.whitened, self.sites, residual), self.sites, residual.dtype
+        per_weight = -1 / (sites.variance * sites.empty**2)  # dd/dc of a site at fixed q
+        variance_c, skew_c = per_weight * sites.variance_d, per_weight * sites.skew_d
+        along = [
+            (derivative[:, None].astype(dtype), total[:, None].astype(dtype), rows)
+            for derivative, total, rows in (
+                (variance_c, sites.variance_q - sites.gain * variance_c, pairs.variance),
+                (skew_c, sites.skew_q - sites.gain * skew_c, pairs.skew),
+            )
+        ]
+        response = self._solve(self.b * (pairs.weight + sum(by_c * rows for by_c, _, rows in along)))
+        return np.asarray(response + sum(direct * rows for _, direct, rows in along))
