@@ -59,6 +59,10 @@ class Manifest:
         """Return the manifest as it is stored."""
         return {"schema": SCHEMA, **dataclasses.asdict(self), "columns": list(self.columns)}
 
+    def compared(self) -> dict[str, Any]:
+        """Return `to_json` without `info`: two stores mix only when these are equal."""
+        return {**self.to_json(), "info": {}}
+
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> "Manifest":
         """Read back `to_json` of this schema."""

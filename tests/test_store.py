@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -216,6 +217,10 @@ def test_uncommitted_rows_are_not_there(path):
         store.require_complete()
     with pytest.raises(CorruptShardError, match=r"shard 1 of .* \(rows 6-12\) is not committed"):
         store.read(0, 8)
+    blocks = store.blocks()
+    assert next(blocks)[0] == 0
+    with pytest.raises(CorruptShardError, match=r"shard 1 of .* is not committed"):
+        next(blocks)
     store.read(12, 18)
     fill(RowStore.create(path, manifest()))
     store.require_complete()
@@ -389,10 +394,17 @@ def test_vectors_come_back_and_can_be_replaced(any_path):
         mean = factor * stream(0, "mean").standard_normal((2, 5)).astype(np.float32)
         store.write_vector("mean", mean)
         np.testing.assert_array_equal(RowStore.open(any_path).read_vector("mean"), mean)
-    with pytest.raises(StoreError, match="has no vector 'total'"):
+    with pytest.raises(StoreError, match="has no vectors/total"):
         store.read_vector("total")
     with pytest.raises(StoreError, match=r"vector 'total' of .* is not finite"):
         store.write_vector("total", np.full((2, 5), np.inf, np.float32))
+
+
+def test_a_store_without_its_arrays_is_named(path):
+    fill(RowStore.create(path, manifest()))
+    Path(path, "rows/zarr.json").unlink()
+    with pytest.raises(StoreError, match=r"features.zarr has no rows[\s\S]*run the stage that made it again"):
+        RowStore.open(path)
 
 
 def test_a_damaged_vector_is_found(path):
@@ -579,18 +591,33 @@ def test_an_unreadable_lock_holds(path):
         locked(path).__enter__()
 
 
-def test_of_many_that_find_a_dead_holder_one_wins(path):
-    script = HOLD.format(root=str(Path(__file__).parents[1]), path=path).replace("time.sleep(60)", "time.sleep(2)")
-    dead = subprocess.Popen([sys.executable, "-c", "pass"])
-    dead.wait()
-    with locked(path):
-        owner = json.loads(Path(path + ".lock").read_text())
-    Path(path + ".lock").write_text(json.dumps({**owner, "pid": dead.pid, "started": ""}))
-    racers = [
-        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        for _ in range(4)
-    ]
+RACE = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from llmattrib.lock import locked
+def wait(name):
+    while not Path({folder!r}, name).exists():
+        time.sleep(0.001)
+print("ready", flush=True)
+wait("go")
+with locked({path!r}):
+    print("held", flush=True)
+    wait("stop")
+"""
+
+
+def test_of_many_that_find_a_dead_holder_one_wins(path, tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    script = RACE.format(root=str(Path(__file__).parents[1]), folder=str(tmp_path), path=path)
+    command = [sys.executable, "-c", script]
+    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(4)]
+    assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 4
+    (tmp_path / "go").touch()
+    while sum(racer.poll() is not None for racer in racers) < 3:
+        time.sleep(0.01)
+    (tmp_path / "stop").touch()
     outputs = [racer.communicate()[0] for racer in racers]
-    assert outputs.count("held\n") >= 1
-    assert sorted(racer.returncode for racer in racers)[0] == 0
+    assert sorted(outputs) == ["", "", "", "held\n"]
     assert not Path(path + ".lock").exists()
