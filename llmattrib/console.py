@@ -4,11 +4,11 @@ Progress and errors go to stderr, results to stdout, so that `--json` can be pip
 control characters replaced, so a training example cannot drive the terminal. Knows nothing of models or stores.
 """
 
+import json
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -25,11 +25,10 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from llmattrib.config import Method
 from llmattrib.errors import LlmattribError
+from llmattrib.hits import Hit, Hits
 from llmattrib.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from llmattrib.query import Hit, Hits
 
 EXIT_CODE = 2
 INTERRUPTED = 130
@@ -123,8 +122,9 @@ def example_text(prompt: str, completion: str, width: int) -> Text:
     return Text.assemble(head, (" → ", "dim"), tail)
 
 
-def print_hits(hits: "Hits", console: Console) -> None:
+def print_hits(hits: Hits) -> None:
     """Print the tables of the most helpful and the most harmful examples of one query."""
+    console = Console()
     source = "generated" if hits.generated else "given"
     width = console.width
     console.print(example_text(hits.prompt, hits.completion, width - 13), f"[dim]({source})[/dim]", highlight=False)
@@ -141,7 +141,7 @@ def print_hits(hits: "Hits", console: Console) -> None:
             console.print(f"No {title} examples.")
 
 
-def _hits_table(title: str, style: str, rows: "Sequence[Hit]", width: int) -> Table:
+def _hits_table(title: str, style: str, rows: Sequence[Hit], width: int) -> Table:
     table = Table(title=f"Most {title}", title_style=f"bold {style}", title_justify="left", box=None, pad_edge=False)
     table.add_column("#", justify="right", style="dim")
     table.add_column("value", justify="right", style=style)
@@ -154,3 +154,41 @@ def _hits_table(title: str, style: str, rows: "Sequence[Hit]", width: int) -> Ta
         text = example_text(hit.prompt, hit.completion, width - used)
         table.add_row(str(hit.rank), f"{hit.value:+.3g}", f"{hit.share:+.1%}", printable(hit.id), text)
     return table
+
+
+METHOD_NOTES: dict[Method, tuple[str, str, str]] = {
+    "shapley": (
+        "Shapley value of the kernel ridge game, in mean field",
+        "all features, a response",
+        "n^2 p + n^3, a node",
+    ),
+    "influence": ("influence function: (H + lam)^-1 g", "all features", "n p^2"),
+    "trak": ("TRAK: (1 - p_i) (Phi^T Phi + lam)^-1 g", "all features, log-odds", "n p^2"),
+    "grad_dot": ("inner product of gradients (TracIn at one checkpoint)", "its own feature; can be reranked", "n p"),
+    "grad_cos": ("cosine of gradients", "its own feature; can be reranked", "n p"),
+}
+"""Method -> what a value is, what an example's representer needs, cost of reduce."""
+
+
+def print_methods() -> None:
+    """Print the table of methods."""
+    table = Table(box=None, pad_edge=False, caption="n examples, p dimensions of the sketch", caption_justify="left")
+    for heading in ("method", "value of an example", "needs", "cost"):
+        table.add_column(heading, style="bold" if heading == "method" else "")
+    for method, notes in METHOD_NOTES.items():
+        table.add_row(method, *notes)
+    Console().print(table)
+
+
+def print_records(records: Sequence[Mapping[str, object]], *, as_json: bool) -> None:
+    """Print rows with the same keys as a table, or one JSON object a line."""
+    if as_json:
+        for record in records:
+            typer.echo(json.dumps(record))
+        return
+    table = Table(box=None, pad_edge=False)
+    for key in records[0]:
+        table.add_column(key.replace("_", " "), justify="right")
+    for record in records:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in record.values()))
+    Console().print(table)

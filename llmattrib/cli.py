@@ -1,0 +1,297 @@
+"""The command line. Every command is one stage or one question; all take a config or a run directory.
+
+Heavy imports stand inside the commands, so that `--help` answers at once. Only this module and console.py print:
+results to stdout, progress and errors to stderr. Under `accelerate launch` the first rank alone prints.
+"""
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmattrib import __version__
+
+if TYPE_CHECKING:
+    from llmattrib.config import RunConfig
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the directory of a run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...", help="Settings that replace those of the file.", show_default=False
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+app = typer.Typer(
+    name="llmattrib",
+    help="Which training examples made a LoRA-tuned LLM say this?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+evaluate_app = typer.Typer(help="Measure how good the attributions of a run are.", no_args_is_help=True)
+app.add_typer(evaluate_app, name="evaluate", rich_help_panel="Results")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"llmattrib {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _say(quiet: bool, *lines: str) -> None:
+    if not quiet:
+        for line in lines:
+            typer.echo(line)
+
+
+def _next(command: str, target: str, overrides: list[str] | None) -> str:
+    """Return the line that names the next command."""
+    return "next: " + shlex.join(["llmattrib", command, target, *(overrides or [])])
+
+
+def _load(target: str, overrides: list[str] | None) -> "RunConfig":
+    from llmattrib.config import load_config
+
+    return load_config(target, overrides or ())
+
+
+@app.command(rich_help_panel="Stages")
+def train(config: Config, overrides: Overrides = None, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Fine-tune a LoRA adapter (skip this when you bring your own)."""
+    from llmattrib import console
+
+    with console.reporting(debug):
+        _train(_load(config, overrides), quiet)
+        _say(quiet, _next("build", config, overrides))
+
+
+def _train(run: "RunConfig", quiet: bool) -> None:
+    from llmattrib import console
+    from llmattrib.train import train_adapter
+
+    with console.bar("train, steps", show=not quiet) as progress:
+        result = train_adapter(run, progress)
+    _say(
+        quiet,
+        f"wrote {result.path}: {result.num_steps:,} steps, loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}, "
+        f"{result.seconds:.1f} s",
+    )
+
+
+@app.command(rich_help_panel="Stages")
+def build(config: Config, overrides: Overrides = None, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Compute the gradient features of every training example. Goes on where a stopped build ended."""
+    from llmattrib import console
+
+    with console.reporting(debug):
+        if _build(_load(config, overrides), quiet):
+            _say(quiet, _next("reduce", config, overrides))
+
+
+def _build(run: "RunConfig", quiet: bool) -> bool:
+    from llmattrib import console
+    from llmattrib.build import build_features
+    from llmattrib.distributed import ranks
+
+    team = ranks()
+    with console.bar("build, examples", show=team.is_main and not quiet) as progress:
+        result = build_features(run, team, progress)
+    if team.is_main:
+        _say(
+            quiet,
+            f"wrote {result.path}: {result.num_examples:,} examples, {result.num_tokens:,} tokens, "
+            f"{result.num_shards_done} shards computed now, {result.seconds:.1f} s",
+        )
+    return team.is_main
+
+
+@app.command(rich_help_panel="Stages")
+def reduce(config: Config, overrides: Overrides = None, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Turn features into representers, one store for each method."""
+    from llmattrib import console
+
+    with console.reporting(debug):
+        if _reduce(_load(config, overrides), quiet):
+            _say(quiet, _next("index", config, overrides))
+
+
+def _reduce(run: "RunConfig", quiet: bool) -> bool:
+    from llmattrib import console
+    from llmattrib.distributed import ranks
+    from llmattrib.reduce import reduce_run
+
+    team = ranks()
+    with console.bar("reduce, passes", show=team.is_main and not quiet) as progress:
+        results = reduce_run(run, team, progress)
+    if team.is_main:
+        for result in results:
+            error = "" if result.sum_rule_error is None else f", sum-rule error {result.sum_rule_error:.1e}"
+            ridge = "" if result.ridge is None else f", ridge {result.ridge:g}"
+            _say(quiet, f"wrote {result.path}: {result.method}{ridge}{error}, {result.seconds:.1f} s")
+            _say(quiet, *(f"  {note}" for note in result.notes))
+    return team.is_main
+
+
+@app.command(rich_help_panel="Stages")
+def index(config: Config, overrides: Overrides = None, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Index the representers for fast queries."""
+    from llmattrib import console
+
+    with console.reporting(debug):
+        _index(_load(config, overrides), quiet)
+        _say(quiet, _next("query", config, overrides) + ' --prompt "..."')
+
+
+def _index(run: "RunConfig", quiet: bool) -> None:
+    from llmattrib import console
+    from llmattrib.index import build_index
+
+    for method in run.reduce.methods:
+        with console.bar(f"index {method}, examples", show=not quiet) as progress:
+            result = build_index(run, method, progress)
+        verb = "kept" if result.is_reused else "wrote"
+        size = f"{result.num_rows:,} x {result.dim:,}, {result.num_bytes / 1e6:,.1f} MB"
+        _say(quiet, f"{verb} {result.path}: {result.kind}, {size}, {result.seconds:.1f} s")
+
+
+@app.command(rich_help_panel="Stages")
+def run(config: Config, overrides: Overrides = None, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Do all stages, train to index; finished ones are kept. A given adapter (model.adapters) skips train."""
+    from llmattrib import console
+
+    with console.reporting(debug):
+        loaded = _load(config, overrides)
+        if not loaded.model.adapters:
+            _train(loaded, quiet)
+        _build(loaded, quiet)
+        _reduce(loaded, quiet)
+        _index(loaded, quiet)
+        _say(quiet, _next("query", config, overrides) + ' --prompt "..."')
+
+
+@app.command(rich_help_panel="Results")
+def query(
+    config: Config,
+    overrides: Overrides = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What the model was asked.")] = None,
+    completion: Annotated[
+        str | None, typer.Option("--completion", "-c", help="Its answer; the model generates one when left out.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON Lines of prompt and optional completion, instead of --prompt.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write JSON Lines to this file.")] = None,
+    top: Annotated[int | None, typer.Option("--top", "-k", min=1, help="Examples of either kind to show.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="May be given several times.", show_default=False)
+    ] = None,
+    rerank: Annotated[
+        int, typer.Option(min=0, help="Recompute the first N with exact gradients (grad_dot and grad_cos).")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt and method.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show the training examples that helped and hindered an answer most."""
+    from llmattrib import console
+
+    with console.reporting(debug):
+        from llmattrib.errors import ConfigError
+        from llmattrib.hits import Query, read_queries, write_hits
+        from llmattrib.query import Run
+
+        opened = Run.open(config, overrides or ())
+        if prompt is not None and prompts is None:
+            queries = [Query.of(prompt, completion)]
+        elif prompts is not None and prompt is None and completion is None:
+            queries = read_queries(prompts, opened.config.data)
+        else:
+            raise ConfigError(
+                "what to ask is not clear",
+                expected="--prompt with or without --completion, or --prompts alone",
+                fix="completions of several prompts belong into the file of --prompts",
+            )
+        chosen = opened.methods(method)
+        hits = opened.query_many(queries, top=top, methods=chosen, rerank=rerank)
+        if output:
+            write_hits(hits, output)
+            typer.echo(f"wrote {output}: {len(queries):,} prompts, {', '.join(chosen)}")
+        elif as_json:
+            for item in hits:
+                typer.echo(item.to_json())
+        else:
+            for item in hits:
+                console.print_hits(item)
+
+
+@app.command(rich_help_panel="Results")
+def demo(
+    run_dir: Annotated[str, typer.Option(help="Where everything goes; finished stages are kept.")] = "runs/demo",
+    seed: Annotated[int, typer.Option(min=0, help="Of the facts, the adapter and the sketch.")] = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Teach a small real model 100 facts, ten of them wrong, and trace its answers. About six minutes."""
+    from llmattrib import console
+
+    with console.reporting(debug):
+        from rich.console import Console
+
+        from llmattrib.demo import run_demo
+        from llmattrib.narration import ConsoleNarrator
+
+        run_demo(run_dir, seed, ConsoleNarrator(Console(), quiet))
+
+
+@app.command(rich_help_panel="Results")
+def methods() -> None:
+    """List the methods, what each needs and what it costs."""
+    from llmattrib import console
+
+    console.print_methods()
+
+
+@evaluate_app.command("sketch")
+def evaluate_sketch(
+    config: Config,
+    overrides: Overrides = None,
+    dim: Annotated[
+        list[int] | None, typer.Option(min=1, help="Width to try; may be given several times.", show_default=False)
+    ] = None,
+    examples: Annotated[int, typer.Option(min=3, help="Training examples to compare.")] = 100,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each width.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare sketched inner products with exact ones: the error below which no method can go."""
+    from llmattrib import console
+
+    with console.reporting(debug):
+        from llmattrib.evaluate.sketch import DIMS, sketch_fidelity
+
+        with console.bar("evaluate sketch, examples", show=not quiet) as progress:
+            rows = sketch_fidelity(_load(config, overrides), tuple(dim or DIMS), examples, progress)
+        console.print_records([asdict(row) for row in rows], as_json=as_json)
+
+
+if __name__ == "__main__":
+    main()

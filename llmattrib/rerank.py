@@ -1,0 +1,83 @@
+"""Exact inner products of a query with a shortlist: the gradients themselves, not their sketches.
+
+Only for methods whose representer of an example is a function of that example alone (grad_dot, grad_cos): the others
+weigh an example by the whole set, so an exact value would need the exact gradients of all. Exact gradients are as
+long as the LoRA adapter and are computed batch by batch, at most `MAX_EXACT_BYTES` of them at a time.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from llmattrib.build import encode_examples, extract_rows
+from llmattrib.config import Method, RunConfig
+from llmattrib.data import Example
+from llmattrib.encoding import Encoded
+from llmattrib.errors import MethodError
+from llmattrib.features.extract import Extractor
+from llmattrib.features.sketch import Sketch
+
+RERANKED: tuple[Method, ...] = ("grad_dot", "grad_cos")
+MAX_EXACT_BYTES = 1 << 30
+
+
+def check_rerank(methods: Sequence[Method], num_candidates: int, top: int) -> None:
+    """Refuse what cannot be reranked.
+
+    Raises:
+        MethodError: a method's values depend on the whole set, or there are fewer candidates than hits wanted.
+    """
+    for method in methods:
+        if method not in RERANKED:
+            raise MethodError(
+                f"{method} cannot be reranked: its representer of an example depends on all examples",
+                expected=f"one of {', '.join(RERANKED)}",
+                fix="leave --rerank out, or raise features.sketch.dim for a smaller sketch error",
+            )
+    if num_candidates < top:
+        raise MethodError(
+            f"rerank of {num_candidates} candidates for {top} hits",
+            expected="as many candidates as hits, or more",
+            fix="raise --rerank or lower --top",
+        )
+
+
+class ExactScorer:
+    """Scores examples for one query with exact gradients.
+
+    Args:
+        config: the run.
+        extractor: at the store's linearisation point.
+        query: the query's prompt and answer.
+        encoded: the same, tokenised.
+        slot: the output whose gradient counts (the answered class of `logits`), 0 otherwise.
+        cosine: scale gradients to unit norm.
+    """
+
+    def __init__(
+        self, config: RunConfig, extractor: Extractor, query: Example, encoded: Encoded, slot: int, cosine: bool
+    ) -> None:
+        self._config, self._extractor, self._slot, self._cosine = config, extractor, slot, cosine
+        plan = extractor.plan("none", config.seed, 1, [])
+        self._sketch = Sketch(plan, extractor.loaded.device)
+        self._query = self._gradients([query], [encoded])[0]
+
+    def values(self, examples: Sequence[Example]) -> Float[np.ndarray, " k"]:
+        """Return the exact value of each example."""
+        if not examples:
+            return np.empty(0, np.float32)
+        encoded = encode_examples(self._config, self._extractor, examples).encoded
+        row_bytes = 4 * self._extractor.num_outputs * self._sketch.dim
+        step = max(1, MAX_EXACT_BYTES // row_bytes)
+        parts = [
+            self._gradients(examples[start : start + step], encoded[start : start + step]) @ self._query
+            for start in range(0, len(examples), step)
+        ]
+        return np.concatenate(parts)
+
+    def _gradients(self, examples: Sequence[Example], encoded: Sequence[Encoded]) -> Float[np.ndarray, "k p"]:
+        rows = extract_rows(self._config, self._extractor, self._sketch, encoded, examples)[0][:, self._slot]
+        if self._cosine:
+            rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        return np.asarray(rows)
