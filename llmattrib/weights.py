@@ -3,8 +3,8 @@
 A name is a hub id, a folder, a `.gguf` file or `package:NAME/FILE`. Hub models are downloaded whole (safetensors,
 configs, tokenizer); GGUF files are de-quantised once through transformers into a float32 folder under the user's
 cache (`LLMATTRIB_CACHE`, else `$XDG_CACHE_HOME/llmattrib`, else `~/.cache/llmattrib`), keyed by the file's sha256.
-Pickled weights are never read. Fingerprints of weights sample the files and hold no tensors: 256 KB of each file is
-read, so a changed byte elsewhere in a file of the same size and header goes unseen.
+Pickled weights are never read. Fingerprints of weights sample the files and hold no tensors: 4 KB of each tensor and
+256 KB of each file, so a changed byte elsewhere in a file of the same size and header goes unseen.
 """
 
 import hashlib
@@ -198,7 +198,7 @@ def weight_files(folder: Path) -> list[Path]:
 def weights_fingerprint(folder: Path) -> str:
     """Return a hash (hex) over a model folder's config and samples of its weight files.
 
-    Of each file: size, header, and 64 evenly spaced blocks of 4 KB.
+    Of each file: size, header, the first 4 KB of every tensor, and 64 evenly spaced blocks of 4 KB.
     """
     config = json.loads((folder / "config.json").read_text())
     state = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True).encode())
@@ -206,11 +206,16 @@ def weights_fingerprint(folder: Path) -> str:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
-            state.update(size.to_bytes(8, "little") + prefix + file.read(int.from_bytes(prefix, "little")))
+            header = file.read(int.from_bytes(prefix, "little"))
+            state.update(size.to_bytes(8, "little") + prefix + header)
             start = file.tell()
-            for block in range(_NUM_BLOCKS):
-                file.seek(start + max(size - start - _BLOCK_SIZE, 0) * block // (_NUM_BLOCKS - 1))
-                state.update(file.read(_BLOCK_SIZE))
+            starts = [row["data_offsets"] for name, row in json.loads(header).items() if name != "__metadata__"]
+            blocks = [(begin, min(end - begin, _BLOCK_SIZE)) for begin, end in sorted(starts)]
+            last = max(size - start - _BLOCK_SIZE, 0)
+            blocks += [(last * number // (_NUM_BLOCKS - 1), _BLOCK_SIZE) for number in range(_NUM_BLOCKS)]
+            for begin, length in blocks:
+                file.seek(start + begin)
+                state.update(file.read(length))
     return state.hexdigest()[:32]
 
 

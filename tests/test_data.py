@@ -1,0 +1,227 @@
+"""Reading, checking and saving of examples."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llmattrib.config import DataConfig
+from llmattrib.data import Example, Message, data_fingerprint, load_examples, read_examples, save_examples, user_message
+from llmattrib.errors import DataError, EmptyDatasetError, MissingFieldError
+from tests.tiny import tiny_jsonl, tiny_rows
+
+ROWS = [{"id": "a", "prompt": "one?", "completion": "1"}, {"id": "b", "prompt": 'tw"o, 2?\n', "completion": "zwei ü"}]
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+def write(path: Path, rows: list) -> str:
+    """Write rows in the format of the suffix."""
+    if path.suffix in (".jsonl", ".ndjson"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".csv":
+        import csv
+
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".csv", ".parquet"])
+def test_every_format_gives_the_same_examples(tmp_path: Path, suffix: str) -> None:
+    config = DataConfig(train=write(tmp_path / f"data{suffix}", ROWS), id="id")
+    assert load_examples(config) == [
+        Example(0, "a", user_message("one?"), "1"),
+        Example(1, "b", user_message('tw"o, 2?\n'), "zwei ü"),
+    ]
+
+
+def test_a_datasets_name_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "a_data_set"
+    folder.mkdir()
+    write(folder / "train.jsonl", ROWS)
+    examples = load_examples(DataConfig(train=str(folder), id="id"))
+    assert [(example.id, example.completion) for example in examples] == [("a", "1"), ("b", "zwei ü")]
+    with pytest.raises(EmptyDatasetError, match=r"(?s)`datasets` cannot load it.*split 'validation'"):
+        load_examples(DataConfig(train=str(folder), split="validation"))
+
+
+def test_an_unknown_datasets_name_is_an_error() -> None:
+    with pytest.raises(EmptyDatasetError, match=r"(?s)no/such-data-set is no file.*check data.train"):
+        load_examples(DataConfig(train="no/such-data-set"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_chat_messages(tmp_path: Path, suffix: str) -> None:
+    turns = [{"role": "system", "content": "be kind"}, *CHAT]
+    cell = json.dumps(turns) if suffix == ".csv" else turns
+    config = DataConfig(train=write(tmp_path / f"data{suffix}", [{"turns": cell}]), messages="turns")
+    (example,) = load_examples(config)
+    assert example.prompt == (Message(role="system", content="be kind"), Message(role="user", content="hi"))
+    assert (example.completion, example.prompt_text, example.id) == ("hello", "hi", "0")
+
+
+def test_a_prompt_and_completion_of_messages(tmp_path: Path) -> None:
+    rows = [{"prompt": CHAT[:1], "completion": CHAT[1:]}]
+    (example,) = load_examples(DataConfig(train=write(tmp_path / "data.json", rows)))
+    assert (example.prompt, example.completion) == (user_message("hi"), "hello")
+
+
+def test_prompt_text_without_a_user_turn_joins_all() -> None:
+    turns = (Message(role="system", content="a"), Message(role="context", content="b"))
+    assert Example(0, "x", turns, "c").prompt_text == "a\nb"
+
+
+def test_limit_blank_lines_and_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("\ufeff" + "\n".join(json.dumps(row) + "\n" for row in tiny_rows(5)), encoding="utf-8")
+    assert [example.id for example in load_examples(DataConfig(train=str(path), id="id"))] == [
+        f"row-{i}" for i in range(5)
+    ]
+    assert [example.id for example in load_examples(DataConfig(train=str(path), limit=2))] == ["0", "1"]
+
+
+def test_rows_beyond_the_limit_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\nnot json\n", encoding="utf-8")
+    assert len(load_examples(DataConfig(train=str(path), limit=1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error", "message"),
+    [
+        ("a.jsonl", "", EmptyDatasetError, "a.jsonl has no rows"),
+        ("a.json", "[]", EmptyDatasetError, "a.json has no rows"),
+        ("a.csv", "prompt,completion\n", EmptyDatasetError, "a.csv has no rows"),
+        ("a.jsonl", '{"prompt": "p", "completion": "c"}\n\n{"prompt": "p"', DataError, "a.jsonl line 3 is not JSON"),
+        ("a.jsonl", "[1]\n", MissingFieldError, "a.jsonl line 1 is a list"),
+        ("a.json", '[{"a": 1},\n{]', DataError, "a.json line 2 is not JSON"),
+        ("a.json", '{"a": 1}', DataError, "a.json holds a dict"),
+        ("a.json", "[1]", MissingFieldError, "a.json item 1 is a int"),
+        ("a.csv", "prompt,completion\na,b\na,b,c\n", DataError, "a.csv line 3 has more cells"),
+        ("a.csv", 'prompt,completion\n"a"x,b\n', DataError, "a.csv line 2 is not CSV"),
+        ("a.csv", "prompt,completion\na\n", MissingFieldError, "a.csv line 2: the field 'completion' is null"),
+        ("a.csv", 'prompt,completion\n"a\nb",c\nd,\n', MissingFieldError, "a.csv line 4 has an empty completion"),
+        ("a.parquet", "PAR", DataError, "a.parquet is not a Parquet file"),
+        ("a.txt", "hello", DataError, "a.txt has the suffix '.txt'"),
+        (
+            "a.jsonl",
+            '{"prompt": "p"}\n',
+            MissingFieldError,
+            r"line 1: the field 'completion' is missing \(fields: prompt",
+        ),
+        ("a.jsonl", '{"prompt": "p", "completion": 3}\n', MissingFieldError, "line 1: 'completion' is a int"),
+        ("a.jsonl", '{"prompt": "p", "completion": " "}\n', MissingFieldError, "line 1 has an empty completion"),
+        ("a.jsonl", '{"prompt": "", "completion": "c"}\n', MissingFieldError, "line 1 has an empty prompt"),
+        ("a.jsonl", '{"prompt": 3, "completion": "c"}\n', MissingFieldError, "line 1: 'prompt' holds no messages"),
+        (
+            "a.jsonl",
+            '{"prompt": [{"role": "user"}], "completion": "c"}\n',
+            MissingFieldError,
+            "turn 1 of 'prompt' is {'role': 'user'}",
+        ),
+    ],
+)
+def test_unusable_files_and_rows(tmp_path: Path, name: str, text: str, error: type[Exception], message: str) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(error, match=message) as caught:
+        load_examples(DataConfig(train=str(path)))
+    assert type(caught.value) is error
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(EmptyDatasetError, match=r"there is no file nowhere/train.jsonl"):
+        load_examples(DataConfig(train="nowhere/train.jsonl"))
+
+
+def test_text_in_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"prompt": "ü", "completion": "c"}'.encode("latin-1"))
+    with pytest.raises(DataError, match="is not UTF-8"):
+        load_examples(DataConfig(train=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (CHAT[:1], r"has the roles \['user'\]"),
+        (CHAT[1:], r"has the roles \['assistant'\]"),
+        ("not json", "holds no messages"),
+        ([], "holds no messages"),
+    ],
+)
+def test_unusable_messages(tmp_path: Path, turns: object, message: str) -> None:
+    path = write(tmp_path / "a.jsonl", [{"messages": CHAT}, {"messages": turns}])
+    with pytest.raises(MissingFieldError, match=f"line 2: 'messages' {message}"):
+        load_examples(DataConfig(train=path, messages="messages"))
+
+
+def test_ids_must_be_unique_and_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [ROWS[0], ROWS[1], ROWS[0] | {"prompt": "other"}])
+    with pytest.raises(DataError, match=r"line 3 has the id 'a' of .*line 1"):
+        load_examples(DataConfig(train=path, id="id"))
+    path = write(tmp_path / "b.jsonl", [ROWS[0] | {"id": [1]}])
+    with pytest.raises(MissingFieldError, match=r"'id' is \[1\]"):
+        load_examples(DataConfig(train=path, id="id"))
+    path = write(tmp_path / "c.jsonl", [ROWS[0] | {"id": 7}])
+    assert load_examples(DataConfig(train=path, id="id"))[0].id == "7"
+
+
+def test_saved_examples_read_back_and_bytes_repeat(tmp_path: Path) -> None:
+    examples = load_examples(DataConfig(train=tiny_jsonl(tmp_path), id="id"))
+    save_examples(examples, tmp_path / "deep" / "examples.parquet")
+    save_examples(examples, tmp_path / "again.parquet")
+    assert read_examples(tmp_path / "deep" / "examples.parquet") == examples
+    first, second = ((tmp_path / name).read_bytes() for name in ("deep/examples.parquet", "again.parquet"))
+    assert hashlib.sha256(first).digest() == hashlib.sha256(second).digest()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["examples.parquet"]
+
+
+def test_saved_examples_by_url() -> None:
+    examples = [Example(0, "x", user_message("p"), "c")]
+    save_examples(examples, "memory://run/examples.parquet")
+    assert read_examples("memory://run/examples.parquet") == examples
+
+
+def test_rows_of_saved_examples_are_their_index(tmp_path: Path) -> None:
+    kept = [Example(7, "x", user_message("p"), "c")]
+    save_examples(kept, tmp_path / "examples.parquet")
+    assert read_examples(tmp_path / "examples.parquet")[0].index == 0
+
+
+def test_reading_what_was_not_saved_here(tmp_path: Path) -> None:
+    with pytest.raises(EmptyDatasetError, match=r"(?s)there is no file.*run `llmattrib build` first"):
+        read_examples(tmp_path / "examples.parquet")
+    (tmp_path / "text.parquet").write_text("text")
+    with pytest.raises(DataError, match="is not a Parquet file"):
+        read_examples(tmp_path / "text.parquet")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=r"has the columns \['a'\]"):
+        read_examples(tmp_path / "other.parquet")
+
+
+def test_fingerprint_sees_content_and_order_only() -> None:
+    first, second = Example(0, "a", user_message("p"), "c"), Example(1, "b", user_message("q"), "d")
+    base = data_fingerprint([first, second])
+    assert base == data_fingerprint([Example(5, "a", user_message("p"), "c"), second])
+    others = [
+        [second, first],
+        [first],
+        [Example(0, "z", first.prompt, "c"), second],
+        [Example(0, "a", user_message("P"), "c"), second],
+        [Example(0, "a", (Message(role="system", content="p"),), "c"), second],
+        [Example(0, "a", first.prompt, "C"), second],
+    ]
+    assert len({base, *map(data_fingerprint, others)}) == 1 + len(others)
