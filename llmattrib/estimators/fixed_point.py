@@ -67,42 +67,45 @@ def sites(cavity: Float[np.ndarray, " g"], q: float, counts: Int[np.ndarray, " g
     return Sites(*table)
 
 
+def _chances(q: float, k: Int[np.ndarray, "g 1"]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the chances of m = 0 ... max k copies and their derivatives in q, [g or 1, m] each."""
+    if k.max() == 1:
+        return np.array([[1 - q, q]]), np.array([[-1.0, 1.0]])
+    m = np.arange(k.max() + 1)[None, :]
+    return binom.pmf(m, k, q), k * (binom.pmf(m - 1, k - 1, q) - binom.pmf(m, k - 1, q))
+
+
+def _mean(chance: np.ndarray, values: Float[np.ndarray, "g m"]) -> Float[np.ndarray, "g 1"]:
+    return np.asarray(np.sum(chance * values, axis=1, keepdims=True))
+
+
 def _averages(d: Float[np.ndarray, "g 1"], q: float, k: Int[np.ndarray, "g 1"]) -> Float[np.ndarray, "9 g"]:
     """Return the fields of `Sites` for groups of similar size."""
+    chance, chance_q = _chances(q, k)
     m = np.arange(k.max() + 1)[None, :]
-    chance = binom.pmf(m, k, q)
-    chance_q = k * (binom.pmf(m - 1, k - 1, q) - binom.pmf(m, k - 1, q))
-
-    def mean(values: np.ndarray) -> np.ndarray:
-        return np.asarray(np.sum(chance * values, axis=1, keepdims=True))
-
-    def slope(values: np.ndarray) -> np.ndarray:
-        return np.asarray(np.sum(chance_q * values, axis=1, keepdims=True))
-
-    x = m / (1 + m * d)
-    center, e = mean(x), mean(1 / (1 + m * d))
-    y = x - center
-    second, second_q, second_d = mean(y**2), slope(y**2), -2 * mean(y * x**2)
-    third, third_q = mean(y**3), slope(y**3) - 3 * second * slope(x)
-    third_d = 3 * mean(y**2 * (mean(x**2) - x**2))
-    log_e_q, log_e_d = slope(1 / (1 + m * d)) / e, -mean(m / (1 + m * d) ** 2) / e
+    x, absent = m / (1 + m * d), 1 / (1 + m * d)
+    center, e = _mean(chance, x), _mean(chance, absent)
+    center_q, y, square = _mean(chance_q, x), x - center, x**2
+    second, third = _mean(chance, y**2), _mean(chance, y**3)
+    second_q, second_d = _mean(chance_q, y**2), -2 * _mean(chance, y * square)
+    third_q = _mean(chance_q, y**3) - 3 * second * center_q
+    third_d = 3 * _mean(chance, y**2 * (_mean(chance, square) - square))
+    log_e_q, log_e_d = _mean(chance_q, absent) / e, -_mean(chance, x * absent) / e
     v = second / e**4
     safe = np.where(second > 0, second, 1)
     skew = third / safe / e**2
-    return np.concatenate(
-        [
-            center / e,
-            e,
-            slope(x) / e**2,
-            v,
-            second_q / e**4 - 4 * v * log_e_q,
-            second_d / e**4 - 4 * v * log_e_d,
-            skew,
-            third_q / safe / e**2 - skew * (second_q / safe + 2 * log_e_q),
-            third_d / safe / e**2 - skew * (second_d / safe + 2 * log_e_d),
-        ],
-        axis=1,
-    ).T
+    rows = [
+        center / e,
+        e,
+        center_q / e**2,
+        v,
+        second_q / e**4 - 4 * v * log_e_q,
+        second_d / e**4 - 4 * v * log_e_d,
+        skew,
+        third_q / safe / e**2 - skew * (second_q / safe + 2 * log_e_q),
+        third_d / safe / e**2 - skew * (second_d / safe + 2 * log_e_d),
+    ]
+    return np.concatenate(rows, axis=1).T
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Bool, Float
 
+from llmattrib.games.memory import require_memory
+
 Blocks = Callable[[], Iterator[tuple[int, Float[np.ndarray, "m p"]]]]
 """Called for a fresh pass over (first row, rows)."""
 
@@ -74,8 +76,8 @@ def row_space(features: Float[np.ndarray, "n p"]) -> RowSpace:
     """Rotate rows into their span when n < p, by Householder QR; the identity otherwise."""
     n, p = features.shape
     if n >= p:
-        return RowSpace(features.astype(np.float64), None)
-    basis, triangle = np.linalg.qr(features.T.astype(np.float64))
+        return RowSpace(features.astype(np.float64, copy=False), None)
+    basis, triangle = np.linalg.qr(features.T.astype(np.float64, copy=False))
     return RowSpace(np.ascontiguousarray(triangle.T), basis)
 
 
@@ -116,6 +118,75 @@ def leave_one_out_errors(
             residual = wanted - turned @ (target / (values + lam)[:, None])
             totals[index] += np.sum((residual / (1 - leverage)[:, None]) ** 2)
     return [float(total / responses.size) for total in totals]
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """Features that are read block by block; what several methods need of them is computed once.
+
+    Attributes:
+        blocks: a pass over the rows, float32.
+        num_rows: n.
+        dim: p.
+        max_bytes: memory allowed to one array; what is available when None.
+    """
+
+    blocks: Blocks
+    num_rows: int
+    dim: int
+    max_bytes: int | None = None
+
+    @cached_property
+    def space(self) -> RowSpace:
+        """All rows, in d = min(n, p) dimensions.
+
+        Raises:
+            MethodError: they do not fit the memory.
+        """
+        size = 8 * self.num_rows * self.dim * (3 if self.num_rows < self.dim else 1)  # Q and R beside a copy
+        require_memory(
+            size,
+            f"holding {self.num_rows} rows of {self.dim} features",
+            "use a smaller features.sketch.dim, or a machine with more memory",
+            self.max_bytes,
+        )
+        rows = np.empty((self.num_rows, self.dim))
+        for start, block in self.blocks():
+            rows[start : start + len(block)] = block
+        return row_space(rows)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether n < p, so that the row space is smaller than the feature space."""
+        return self.num_rows < self.dim
+
+    @property
+    def basis(self) -> Float[np.ndarray, "p d"] | None:
+        """Q of the row space, None when it is everything."""
+        return self.space.basis if self.is_wide else None
+
+    @cached_property
+    def gram(self) -> Float[np.ndarray, "d d"]:
+        """Sum of phi phi^T in row-space coordinates; streams over blocks when n >= p.
+
+        Raises:
+            MethodError: it does not fit the memory.
+        """
+        if self.is_wide:
+            return np.asarray(self.space.coordinates.T @ self.space.coordinates)
+        fix = "use a smaller features.sketch.dim, or a machine with more memory"
+        require_memory(24 * self.dim**2, f"the Gram matrix of {self.dim} features", fix, self.max_bytes)
+        return form_gram(self.blocks, self.dim)
+
+    @property
+    def mean_square(self) -> float:
+        """Mean squared row norm, the unit of a relative ridge."""
+        return float(np.trace(self.gram)) / self.num_rows
+
+    def leave_one_out_errors(self, responses: Float[np.ndarray, "n c"], ridges: Sequence[float]) -> list[float]:
+        """Return the mean squared leave-one-out residual at each absolute ridge; see the function of that name."""
+        blocks = array_blocks(self.space.coordinates) if self.is_wide else self.blocks
+        return leave_one_out_errors(blocks, responses, self.gram, ridges)
 
 
 @dataclass(frozen=True)
