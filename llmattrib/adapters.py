@@ -20,8 +20,12 @@ RECORD = "llmattrib.json"
 """What `train` leaves beside an adapter: the fingerprint of everything it was trained with."""
 PEFT_PREFIX = "base_model.model."
 _UNSUPPORTED = (
-    *("lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"),
-    *("alora_invocation_tokens"),
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
+    "alora_invocation_tokens",
 )
 _PLAIN_VARIANTS = ("use_rslora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config")
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change base weights
@@ -92,22 +96,13 @@ def check_shapes(paths: Sequence[Path], base: Any) -> None:
 
     Raises:
         AdapterMismatchError: a layer is missing or has another width, or adapters differ in layers or ranks.
+        UnsupportedAdapterError: there are tensors besides A and B of linear layers.
     """
     shapes = [_adapter_shapes(path) for path in paths]
     modules = dict(base.named_modules())
     for path, tensors in zip(paths, shapes, strict=True):
         for key, shape in tensors.items():
-            name, _, factor = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
-            width = _widths(modules.get(name))
-            if width is None or (
-                factor in ("lora_A", "lora_B") and width[factor == "lora_B"] != shape[factor == "lora_A"]
-            ):
-                found = "no such linear layer" if width is None else f"width {width[factor == 'lora_B']} there"
-                raise AdapterMismatchError(
-                    f"{path} holds {key} of shape {shape}, and the base model has {found}",
-                    expected="an adapter of this base model",
-                    fix="set model.name to the adapter's base",
-                )
+            _check_factor(path, key, shape, modules)
     for path, tensors in zip(paths[1:], shapes[1:], strict=True):
         if tensors != shapes[0]:
             odd = sorted(set(tensors.items()) ^ set(shapes[0].items()))[0][0]
@@ -116,6 +111,26 @@ def check_shapes(paths: Sequence[Path], base: Any) -> None:
                 expected="the same layers and ranks in adapters that are used together",
                 fix="use them in separate runs",
             )
+
+
+def _check_factor(path: Path, key: str, shape: tuple[int, ...], modules: Mapping[str, Any]) -> None:
+    """Check the width of one factor: d_in of A, d_out of B."""
+    name, _, factor = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
+    if factor not in ("lora_A", "lora_B"):
+        raise UnsupportedAdapterError(
+            f"{path} holds {key}",
+            expected="A and B of linear layers only",
+            fix="train an adapter without it; a mere copy of the base's embeddings is left out by "
+            "save_pretrained(..., save_embedding_layers=False)",
+        )
+    widths = _widths(modules.get(name))
+    if widths is None or (widths[0] != shape[1] if factor == "lora_A" else widths[1] != shape[0]):
+        found = "no such linear layer" if widths is None else f"a layer of {widths[0]} inputs and {widths[1]} outputs"
+        raise AdapterMismatchError(
+            f"{path} holds {key} of shape {shape}, and the base model has {found}",
+            expected="an adapter of this base model",
+            fix="set model.name to the adapter's base",
+        )
 
 
 def _adapter_shapes(path: Path) -> dict[str, tuple[int, ...]]:
