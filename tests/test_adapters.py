@@ -104,10 +104,14 @@ def test_an_adapter_of_other_shapes(tmp_path: Path, folders: tuple[str, str]) ->
     wide = tiny_model("llama")
     projection = wide.model.layers[0].mlp.up_proj
     projection.out_features += 1
-    with pytest.raises(AdapterMismatchError, match=r"up_proj\.lora_B.* of shape \(128, 4\), .*has width 129 there"):
+    with pytest.raises(
+        AdapterMismatchError, match=r"up_proj\.lora_B.* of shape \(128, 4\), .*a layer of 64 inputs and 129 outputs"
+    ):
         check_shapes([adapter], wide)
     projection.out_features, projection.in_features = 128, 63
-    with pytest.raises(AdapterMismatchError, match=r"up_proj\.lora_A.* of shape \(4, 64\), .*has width 63 there"):
+    with pytest.raises(
+        AdapterMismatchError, match=r"up_proj\.lora_A.* of shape \(4, 64\), .*a layer of 63 inputs and 128 outputs"
+    ):
         check_shapes([adapter], wide)
 
 
@@ -117,3 +121,11 @@ def test_adapters_used_together_must_agree(tmp_path: Path, folders: tuple[str, s
     other = tiny_adapter_dir(tmp_path, base, name="other", **lora)
     with pytest.raises(AdapterMismatchError, match="differ in layers or ranks, first at base_model"):
         load_model(ModelConfig(name=base, device="cpu"), adapters=[adapter, other])
+
+
+def test_lora_on_embeddings_is_refused(tmp_path: Path, folders: tuple[str, str]) -> None:
+    adapter = tiny_adapter_dir(tmp_path, folders[0], target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(
+        UnsupportedAdapterError, match=r"holds base_model\.model\.model\.embed_tokens\.lora_embedding_A"
+    ):
+        load_model(ModelConfig(name=folders[0], device="cpu"), adapters=[adapter])

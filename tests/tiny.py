@@ -170,7 +170,7 @@ def tiny_adapter_dir(
                 if "lora_B" in key:
                     parameter.copy_(torch.randn(parameter.shape) * 0.3 / math.sqrt(parameter.shape[1]))
     path = tmp_path / name
-    model.save_pretrained(path)
+    model.save_pretrained(path, save_embedding_layers=False)
     return str(path)
 
 
