@@ -5,6 +5,8 @@ results to stdout, progress and errors to stderr. Under `accelerate launch` the 
 """
 
 import shlex
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -43,7 +45,7 @@ def main() -> None:
     app()
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool | None) -> None:
     if wanted:
         typer.echo(f"llmattrib {__version__}")
         raise typer.Exit
@@ -52,8 +54,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
-    ] = False,
+        bool | None, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = None,
 ) -> None:
     pass
 
@@ -62,6 +64,16 @@ def _say(quiet: bool, *lines: str) -> None:
     if not quiet:
         for line in lines:
             typer.echo(line)
+
+
+def _verb(is_reused: bool) -> str:
+    return "kept" if is_reused else "wrote"
+
+
+def _dropped(num_truncated: int, num_skipped: int) -> str:
+    """Return what the overlong policy did, if anything."""
+    counts = {"prompts cut to fit": num_truncated, "skipped as too long": num_skipped}
+    return "".join(f", {count:,} {what}" for what, count in counts.items() if count)
 
 
 def _next(command: str, target: str, overrides: list[str] | None) -> str:
@@ -89,11 +101,13 @@ def _train(run: "RunConfig", quiet: bool) -> None:
     from llmattrib import console
     from llmattrib.train import train_adapter
 
-    with console.bar("train, steps", show=not quiet) as progress:
+    with console.bar("train, sequences", show=not quiet) as progress:
         result = train_adapter(run, progress)
+    losses = f"loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}"
     _say(
         quiet,
-        f"wrote {result.path}: {result.num_steps:,} steps, loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}, "
+        f"{_verb(result.reused)} {result.path}: {result.num_examples:,} examples"
+        f"{_dropped(result.num_truncated, result.num_skipped)}, {result.num_steps:,} steps, {losses}, "
         f"{result.seconds:.1f} s",
     )
 
@@ -119,8 +133,9 @@ def _build(run: "RunConfig", quiet: bool) -> bool:
     if team.is_main:
         _say(
             quiet,
-            f"wrote {result.path}: {result.num_examples:,} examples, {result.num_tokens:,} tokens, "
-            f"{result.num_shards_done} shards computed now, {result.seconds:.1f} s",
+            f"{_verb(result.num_shards_done == 0)} {result.path}: {result.num_examples:,} examples"
+            f"{_dropped(result.num_truncated, result.num_skipped)}, {result.num_tokens:,} tokens, "
+            f"{result.num_shards_done} of {result.num_shards} shards computed now, {result.seconds:.1f} s",
         )
     return team.is_main
 
@@ -141,13 +156,14 @@ def _reduce(run: "RunConfig", quiet: bool) -> bool:
     from llmattrib.reduce import reduce_run
 
     team = ranks()
-    with console.bar("reduce, passes", show=team.is_main and not quiet) as progress:
+    with console.bar("reduce, steps", show=team.is_main and not quiet) as progress:
         results = reduce_run(run, team, progress)
     if team.is_main:
         for result in results:
             error = "" if result.sum_rule_error is None else f", sum-rule error {result.sum_rule_error:.1e}"
             ridge = "" if result.ridge is None else f", ridge {result.ridge:g}"
-            _say(quiet, f"wrote {result.path}: {result.method}{ridge}{error}, {result.seconds:.1f} s")
+            verb = _verb(result.is_reused)
+            _say(quiet, f"{verb} {result.path}: {result.method}{ridge}{error}, {result.seconds:.1f} s")
             _say(quiet, *(f"  {note}" for note in result.notes))
     return team.is_main
 
@@ -169,9 +185,8 @@ def _index(run: "RunConfig", quiet: bool) -> None:
     for method in run.reduce.methods:
         with console.bar(f"index {method}, examples", show=not quiet) as progress:
             result = build_index(run, method, progress)
-        verb = "kept" if result.is_reused else "wrote"
         size = f"{result.num_rows:,} x {result.dim:,}, {result.num_bytes / 1e6:,.1f} MB"
-        _say(quiet, f"{verb} {result.path}: {result.kind}, {size}, {result.seconds:.1f} s")
+        _say(quiet, f"{_verb(result.is_reused)} {result.path}: {result.kind}, {size}, {result.seconds:.1f} s")
 
 
 @app.command(rich_help_panel="Stages")
@@ -231,7 +246,8 @@ def query(
                 fix="completions of several prompts belong into the file of --prompts",
             )
         chosen = opened.methods(method)
-        hits = opened.query_many(queries, top=top, methods=chosen, rerank=rerank)
+        with redirect_stdout(sys.stderr):  # libraries that log to stdout would spoil --json
+            hits = opened.query_many(queries, top=top, methods=chosen, rerank=rerank)
         if output:
             write_hits(hits, output)
             typer.echo(f"wrote {output}: {len(queries):,} prompts, {', '.join(chosen)}")
@@ -243,7 +259,7 @@ def query(
                 console.print_hits(item)
 
 
-@app.command(rich_help_panel="Results")
+@app.command(rich_help_panel="Start here")
 def demo(
     run_dir: Annotated[str, typer.Option(help="Where everything goes; finished stages are kept.")] = "runs/demo",
     seed: Annotated[int, typer.Option(min=0, help="Of the facts, the adapter and the sketch.")] = 0,
@@ -288,7 +304,7 @@ def evaluate_sketch(
     with console.reporting(debug):
         from llmattrib.evaluate.sketch import DIMS, sketch_fidelity
 
-        with console.bar("evaluate sketch, examples", show=not quiet) as progress:
+        with redirect_stdout(sys.stderr), console.bar("evaluate sketch, examples", show=not quiet) as progress:
             rows = sketch_fidelity(_load(config, overrides), tuple(dim or DIMS), examples, progress)
         console.print_records([asdict(row) for row in rows], as_json=as_json)
 
