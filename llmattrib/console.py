@@ -128,10 +128,10 @@ def print_hits(hits: Hits) -> None:
     source = "generated" if hits.generated else "given"
     width = console.width
     console.print(example_text(hits.prompt, hits.completion, width - 13), f"[dim]({source})[/dim]", highlight=False)
-    sums = "exact" if hits.shares_exact else "estimated from a sample"
+    shares = "shares of the sum of |value|" + ("" if hits.shares_exact else ", estimated from a sample")
     console.print(
-        f"[bold]{hits.method}[/bold]{' reranked with exact gradients' if hits.reranked else ''}: "
-        f"{hits.num_examples:,} examples, values sum to {hits.total:+.4g}; share = value / sum of |value| ({sums})",
+        f"[bold]{hits.method}[/bold]{', exact gradients' if hits.reranked else ''}: "
+        f"values of {hits.num_examples:,} examples sum to {hits.total:+.3g}; {shares}",
         highlight=False,
     )
     for title, style, rows in (("helpful", "green", hits.helpful), ("harmful", "red", hits.harmful)):

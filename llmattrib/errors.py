@@ -24,7 +24,7 @@
     │   ├── StoreLockedError        another process builds this store now
     │   └── DiskSpaceError          the store would not fit on the disk
     ├── MethodError                 a method that is unknown or cannot run on these features
-    └── StaleIndexError             an index older than its representers
+    └── StaleIndexError             an index or representers older than what they were made from
 
 An error says what was found, what was expected and what to do. The command line prints it and exits with code 2.
 """
@@ -158,4 +158,4 @@ class MethodError(LlmattribError):
 
 
 class StaleIndexError(LlmattribError):
-    """An index is older than its representers."""
+    """An index or representers are older than what they were made from."""

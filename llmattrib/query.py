@@ -23,7 +23,7 @@ from llmattrib.build import extract_rows, load_extractor, model_fingerprint
 from llmattrib.config import Method, RunConfig, load_config
 from llmattrib.data import Example, Message, read_examples
 from llmattrib.encoding import Encoded, collate, encode, encode_prompt, end_of_turn_id
-from llmattrib.errors import FingerprintMismatchError, MethodError
+from llmattrib.errors import FingerprintMismatchError, MethodError, StaleIndexError
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
 from llmattrib.forward import completion_logits
@@ -31,6 +31,7 @@ from llmattrib.hits import Hit, Hits, Query
 from llmattrib.index import VectorIndex, open_index
 from llmattrib.manifest import differing
 from llmattrib.rerank import ExactScorer, check_rerank
+from llmattrib.scorers.gradient import unit_rows
 from llmattrib.store import RowStore
 
 Pool = tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]
@@ -56,10 +57,8 @@ class _Attribution:
     def query_vectors(self, phi: Float[np.ndarray, "q c p"], slots: Int[np.ndarray, " q"]) -> Float[np.ndarray, "q d"]:
         """Return what inner products are taken with: features transformed, in the slot of the answered class."""
         chosen = (phi - self.mean)[np.arange(len(phi)), slots]
-        if self.normalize:
-            chosen = chosen / np.maximum(np.linalg.norm(chosen, axis=1, keepdims=True), np.finfo(np.float32).tiny)
         vectors = np.zeros_like(phi)
-        vectors[np.arange(len(phi)), slots] = chosen
+        vectors[np.arange(len(phi)), slots] = unit_rows(chosen) if self.normalize else chosen
         return vectors.reshape(len(phi), -1)
 
 
@@ -138,7 +137,7 @@ class Run:
 
         Raises:
             MethodError: the method was not reduced, or cannot be reranked.
-            StoreNotFoundError, StaleIndexError: the index is missing or older than its representers.
+            StoreNotFoundError, StaleIndexError: the index is missing or older than what it was made from.
             FingerprintMismatchError: the model is not the one that the features were made with.
             OverlongExampleError, LabelWordError: the prompt or the completion cannot be used.
         """
@@ -254,6 +253,12 @@ class Run:
         if method not in self._attributions:
             index = open_index(self.config, method)
             store = RowStore.open(self.config.layout.representers(method))
+            if store.manifest.fingerprint["features"] != self._features.digest():
+                raise StaleIndexError(
+                    f"{store.path} was made from other features than {self._features.path} holds now",
+                    expected="representers and an index of the present features",
+                    fix="run `llmattrib reduce` and `llmattrib index` again",
+                )
             mean, total = store.read_vector("mean"), store.read_vector("total").reshape(-1)
             self._attributions[method] = _Attribution(index, mean, total, bool(store.manifest.info["normalize"]))
         return self._attributions[method]

@@ -17,6 +17,7 @@ from llmattrib.encoding import Encoded
 from llmattrib.errors import MethodError
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch
+from llmattrib.scorers.gradient import unit_rows
 
 RERANKED: tuple[Method, ...] = ("grad_dot", "grad_cos")
 MAX_EXACT_BYTES = 1 << 30
@@ -78,6 +79,4 @@ class ExactScorer:
 
     def _gradients(self, examples: Sequence[Example], encoded: Sequence[Encoded]) -> Float[np.ndarray, "k p"]:
         rows = extract_rows(self._config, self._extractor, self._sketch, encoded, examples)[0][:, self._slot]
-        if self._cosine:
-            rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-        return np.asarray(rows)
+        return unit_rows(rows) if self._cosine else rows

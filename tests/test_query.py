@@ -1,0 +1,392 @@
+"""Queries against slow, plain computations: values, shares, totals, answers, classes, exact reranking, refusals."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from tiny import LABEL_WORDS, tiny_rows, tiny_run
+from transformers import AutoModelForCausalLM
+
+from llmattrib.build import build_features, encode_examples, load_extractor
+from llmattrib.config import METHODS, DataConfig, RunConfig
+from llmattrib.data import Example, user_message
+from llmattrib.encoding import encode, encode_prompt
+from llmattrib.errors import (
+    EmptyDatasetError,
+    FingerprintMismatchError,
+    LabelWordError,
+    MethodError,
+    MissingFieldError,
+    OverlongExampleError,
+    StaleIndexError,
+    StoreNotFoundError,
+)
+from llmattrib.features.sketch import Sketch, SketchPlan
+from llmattrib.hits import Hit, Hits, Query, read_queries, write_hits
+from llmattrib.index import build_index
+from llmattrib.query import Run
+from llmattrib.reduce import reduce_run
+from llmattrib.store import RowStore
+from llmattrib.train import train_adapter
+
+NUM_ROWS = 12
+PROMPT, COMPLETION = "what is the colour of a stone house?", "green blue"
+FLAVOURS: dict[str, dict[str, Any]] = {
+    "init": {"query": {"max_new_tokens": 5}},
+    "trained": {"features": {"linearisation": "trained", "output": "log_odds"}, "query": {"max_new_tokens": 5}},
+    "margin": {"labels": True, "features": {"output": "margin"}},
+    "logits": {
+        "labels": True,
+        "features": {"output": "logits"},
+        "reduce": {"methods": ["shapley"]},
+    },
+}
+
+
+def finish(config: RunConfig) -> RunConfig:
+    """Run all stages."""
+    train_adapter(config)
+    build_features(config)
+    reduce_run(config)
+    for method in config.reduce.methods:
+        build_index(config, method)
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunConfig]:
+    """Returns the finished run of a flavour, made once."""
+    made: dict[str, RunConfig] = {}
+
+    def get(flavour: str) -> RunConfig:
+        if flavour not in made:
+            settings = {"num_rows": NUM_ROWS} | FLAVOURS[flavour]
+            made[flavour] = finish(tiny_run(tmp_path_factory.mktemp(flavour), **settings))
+        return made[flavour]
+
+    return get
+
+
+def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    tree = config.model_dump(mode="json")
+    for section, values in sections.items():
+        tree[section] = tree[section] | values
+    return RunConfig.model_validate(tree)
+
+
+def copied(config: RunConfig, tmp_path: Path) -> RunConfig:
+    """Copy a run, to be damaged."""
+    shutil.copytree(config.run_dir, tmp_path / "copy")
+    return config.model_copy(update={"run_dir": str(tmp_path / "copy")})
+
+
+def slow_values(config: RunConfig, method: str, prompt: str, completion: str) -> np.ndarray:
+    """The values of all examples for one query, the long way: one example, no index, float64."""
+    extractor = load_extractor(config)
+    store = RowStore.open(config.layout.features)
+    sketch = Sketch(SketchPlan.from_json(dict(store.manifest.info["sketch_plan"])))
+    example = Example(0, "q", user_message(prompt), completion)
+    encoded = encode(example, extractor.loaded.tokenizer, config.data, max_length=extractor.loaded.max_length)
+    phi = extractor.extract([encoded], sketch).phi[0].astype(np.float64)
+    representers = RowStore.open(config.layout.representers(method))
+    query = phi - representers.read_vector("mean")
+    row = query[encoded.label] if config.features.output == "logits" else query[0]
+    if representers.manifest.info["normalize"]:
+        row = row / np.linalg.norm(row)
+    slot = encoded.label if config.features.output == "logits" else 0
+    return np.array([row @ representers.read(i, i + 1)[0, slot] for i in range(store.manifest.num_rows)])
+
+
+def by_row(hits: Hits) -> dict[int, Hit]:
+    return {hit.row: hit for hit in (*hits.helpful, *hits.harmful)}
+
+
+CASES = [(flavour, method) for flavour in ("init", "trained", "margin") for method in METHODS] + [("logits", "shapley")]
+
+
+@pytest.mark.parametrize(("flavour", "method"), CASES)
+def test_hits_equal_plain_inner_products(finished: Callable[[str], RunConfig], flavour: str, method: Any) -> None:
+    config = finished(flavour)
+    completion = LABEL_WORDS[1] if flavour in ("margin", "logits") else COMPLETION
+    exact = slow_values(config, method, PROMPT, completion)
+    hits = Run.open(config.run_dir).query(PROMPT, completion, top=NUM_ROWS, method=method)
+    scale = np.abs(exact).max()
+    np.testing.assert_allclose(
+        [hit.value for hit in by_row(hits).values()], exact[list(by_row(hits))], atol=1e-5 * scale
+    )
+    assert len(by_row(hits)) == NUM_ROWS, "every example is helpful or harmful"
+    order = sorted(range(NUM_ROWS), key=lambda row: -exact[row])
+    assert [hit.row for hit in hits.helpful] == [row for row in order if exact[row] > 0]
+    assert [hit.row for hit in hits.harmful] == [row for row in order[::-1] if exact[row] < 0]
+    assert [hit.rank for hit in hits.helpful] == list(range(1, len(hits.helpful) + 1))
+    assert hits.total == pytest.approx(exact.sum(), abs=1e-4 * scale)
+    assert hits.shares_exact
+    for row, hit in by_row(hits).items():
+        assert hit.share == pytest.approx(exact[row] / np.abs(exact).sum(), abs=1e-5)
+    assert sum(abs(hit.share) for hit in by_row(hits).values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_hits_carry_the_texts_of_their_examples(finished: Callable[[str], RunConfig]) -> None:
+    hits = Run.open(finished("init").run_dir).query(PROMPT, COMPLETION, top=NUM_ROWS)
+    rows = tiny_rows(NUM_ROWS)
+    for row, hit in by_row(hits).items():
+        assert (hit.id, hit.prompt, hit.completion) == (rows[row]["id"], rows[row]["prompt"], rows[row]["completion"])
+    assert (hits.prompt, hits.completion, hits.num_examples) == (PROMPT, COMPLETION, NUM_ROWS)
+
+
+def test_an_example_finds_itself(finished: Callable[[str], RunConfig]) -> None:
+    run = Run.open(finished("init").run_dir)
+    for row in tiny_rows(NUM_ROWS):
+        hits = run.query(row["prompt"], row["completion"], method="grad_cos", top=1)
+        assert hits.helpful[0].id == row["id"]
+        assert hits.helpful[0].value == pytest.approx(1, abs=1e-3)
+
+
+def test_many_queries_are_answered_as_one_by_one(finished: Callable[[str], RunConfig]) -> None:
+    run = Run.open(finished("init").run_dir)
+    queries = [Query.of(row["prompt"] + " " + PROMPT * k, row["completion"]) for k, row in enumerate(tiny_rows(3))]
+    together = run.query_many(queries, methods=["shapley", "grad_dot"], top=4)
+    assert [(hits.prompt, hits.method) for hits in together] == [
+        (query.prompt[0]["content"], method) for query in queries for method in ("shapley", "grad_dot")
+    ]
+    for hits in together:
+        alone = run.query(hits.prompt, hits.completion, method=hits.method, top=4)  # type: ignore[arg-type]
+        assert [hit.row for hit in alone.helpful] == [hit.row for hit in hits.helpful]
+        scale = max(abs(hit.value) for hit in by_row(alone).values())
+        for row, hit in by_row(hits).items():
+            assert hit.value == pytest.approx(by_row(alone)[row].value, abs=1e-4 * scale)
+
+
+def test_same_query_gives_the_same_bytes(finished: Callable[[str], RunConfig]) -> None:
+    config = finished("init")
+    answers = {Run.open(config.run_dir).query(PROMPT, COMPLETION).to_json() for _ in range(2)}
+    assert len(answers) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # PEFT asks for the old name
+def test_the_trained_adapter_answers_also_when_features_are_at_init(finished: Callable[[str], RunConfig]) -> None:
+    config = finished("init")
+    run = Run.open(config.run_dir)
+    hits = run.query(PROMPT)
+    assert hits.generated
+    loaded = run.extractor.loaded
+    ids = encode_prompt(user_message(PROMPT), loaded.tokenizer, config.data)
+    tuned = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(config.model.name), config.layout.adapter
+    )
+    for _ in range(config.query.max_new_tokens):
+        with torch.no_grad():
+            token = int(tuned(torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(token)
+    prompt_length = len(encode_prompt(user_message(PROMPT), loaded.tokenizer, config.data))
+    answer = ids[prompt_length:]
+    if loaded.tokenizer.eos_token_id in answer:
+        answer = answer[: answer.index(loaded.tokenizer.eos_token_id)]
+    assert hits.completion == loaded.tokenizer.decode(answer, skip_special_tokens=True)
+    given = run.query(PROMPT, hits.completion)
+    assert given.helpful == hits.helpful, "a generated answer is traced as if it were given"
+    assert not given.generated
+
+
+@pytest.mark.parametrize("flavour", ["margin", "logits"])
+def test_label_runs_answer_with_the_likeliest_label(finished: Callable[[str], RunConfig], flavour: str) -> None:
+    run = Run.open(finished(flavour).run_dir)
+    for row in tiny_rows(4):
+        answer = run.query(row["prompt"]).completion
+        loaded = run.extractor.loaded
+        loaded.use(loaded.adapter_names[0])
+        ids = encode_prompt(user_message(row["prompt"]), loaded.tokenizer, run.config.data)
+        with torch.no_grad():
+            logits = loaded.model(torch.tensor([ids])).logits[0, -1]
+        wanted = max(LABEL_WORDS, key=lambda word: float(logits[loaded.tokenizer(word)["input_ids"][0]]))
+        assert answer == wanted
+
+
+def test_completion_that_is_no_label_is_refused(finished: Callable[[str], RunConfig]) -> None:
+    with pytest.raises(LabelWordError, match="has the completion 'maybe'"):
+        Run.open(finished("margin").run_dir).query(PROMPT, "maybe")
+
+
+@pytest.mark.parametrize("flavour", ["init", "trained", "margin"])
+@pytest.mark.parametrize("method", ["grad_dot", "grad_cos"])
+def test_rerank_gives_exact_inner_products(finished: Callable[[str], RunConfig], flavour: str, method: Any) -> None:
+    config = finished(flavour)
+    completion = LABEL_WORDS[0] if flavour == "margin" else COMPLETION
+    run = Run.open(config.run_dir)
+    extractor = load_extractor(config)
+    sketch = Sketch(extractor.plan("none", 0, 1, []))
+    query = Example(0, "q", user_message(PROMPT), completion)
+    encoded = encode_examples(config, extractor, [query, *run.examples]).encoded
+    gradients = np.stack([extractor.extract([item], sketch).phi[0, 0] for item in encoded]).astype(np.float64)
+    if method == "grad_cos":
+        gradients /= np.linalg.norm(gradients, axis=1, keepdims=True)
+    exact = gradients[1:] @ gradients[0]
+    hits = run.query(PROMPT, completion, method=method, top=NUM_ROWS, rerank=NUM_ROWS)
+    assert hits.reranked
+    order = sorted(range(NUM_ROWS), key=lambda row: -exact[row])
+    assert [hit.row for hit in hits.helpful] == [row for row in order if exact[row] > 0]
+    assert [hit.row for hit in hits.harmful] == [row for row in order[::-1] if exact[row] < 0]
+    for row, hit in by_row(hits).items():
+        assert hit.value == pytest.approx(exact[row], abs=1e-5 * np.abs(exact).max())
+    sketched = run.query(PROMPT, completion, method=method, top=NUM_ROWS)
+    assert any(abs(by_row(sketched)[row].value - exact[row]) > 1e-4 * np.abs(exact).max() for row in by_row(sketched))
+
+
+def test_rerank_keeps_to_its_shortlist(finished: Callable[[str], RunConfig]) -> None:
+    run = Run.open(finished("init").run_dir)
+    shortlist = {hit.row for hit in run.query(PROMPT, COMPLETION, method="grad_cos", top=4).helpful}
+    hits = run.query(PROMPT, COMPLETION, method="grad_cos", top=2, rerank=4)
+    assert len(hits.helpful) == 2
+    assert {hit.row for hit in hits.helpful} <= shortlist
+
+
+@pytest.mark.parametrize("method", ["shapley", "influence", "trak"])
+def test_methods_that_weigh_by_the_whole_set_cannot_be_reranked(
+    finished: Callable[[str], RunConfig], method: Any
+) -> None:
+    with pytest.raises(MethodError, match=f"{method} cannot be reranked.*\n  expected: one of grad_dot, grad_cos"):
+        Run.open(finished("init").run_dir).query(PROMPT, COMPLETION, method=method, rerank=20)
+
+
+def test_rerank_of_fewer_than_top_and_of_centred_features(finished: Callable[[str], RunConfig], tmp_path: Path) -> None:
+    config = finished("init")
+    with pytest.raises(MethodError, match="rerank of 3 candidates for 5 hits"):
+        Run.open(config.run_dir).query(PROMPT, COMPLETION, method="grad_dot", top=5, rerank=3)
+    centred = changed(copied(config, tmp_path), reduce={"methods": ["grad_dot"], "center": True})
+    reduce_run(centred)
+    build_index(centred, "grad_dot")
+    with pytest.raises(MethodError, match="rerank of centred features"):
+        Run(centred).query(PROMPT, COMPLETION, method="grad_dot", top=5, rerank=5)
+
+
+def test_unknown_method_is_refused(finished: Callable[[str], RunConfig]) -> None:
+    with pytest.raises(MethodError, match="method 'trak' is not one of this run's\n  expected: one of shapley"):
+        Run.open(finished("logits").run_dir).query(PROMPT, "yes", method="trak")
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"features": {"output": "pntk"}}, "features.output"),
+        ({"features": {"linearisation": "trained"}}, "features.linearisation"),
+        ({"features": {"sketch": {"kind": "none"}}}, "features.sketch.kind"),
+        ({"data": {"system": "be brief"}}, "encoding.system"),
+        ({"model": {"dtype": "bfloat16"}}, "model.dtype"),
+    ],
+)
+def test_another_model_or_setting_than_the_stored_one_is_refused(
+    finished: Callable[[str], RunConfig], change: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(FingerprintMismatchError, match="was made with other settings") as caught:
+        Run(changed(finished("init"), **change)).query(PROMPT, COMPLETION)
+    assert key in caught.value.differing
+
+
+def test_another_adapter_is_refused_where_features_depend_on_it(
+    finished: Callable[[str], RunConfig], tmp_path: Path
+) -> None:
+    config = copied(finished("trained"), tmp_path)
+    shutil.rmtree(config.layout.adapter)
+    train_adapter(changed(config, train={"epochs": 1}))
+    with pytest.raises(FingerprintMismatchError) as caught:
+        Run(config).query(PROMPT, COMPLETION)
+    assert list(caught.value.differing) == ["model.adapters"]
+
+
+def test_representers_of_other_features_are_stale(finished: Callable[[str], RunConfig], tmp_path: Path) -> None:
+    config = copied(finished("init"), tmp_path)
+    shutil.rmtree(config.layout.features)
+    build_features(changed(config, features={"output": "log_odds"}))
+    with pytest.raises(StaleIndexError, match=r"shapley\.zarr was made from other features.*\n.*\n.*llmattrib reduce"):
+        Run(config).query(PROMPT, COMPLETION)
+
+
+def test_index_older_than_its_representers_is_stale(finished: Callable[[str], RunConfig], tmp_path: Path) -> None:
+    config = changed(copied(finished("init"), tmp_path), reduce={"ridge": 0.5})
+    reduce_run(config)
+    with pytest.raises(StaleIndexError, match=r"influence\.faiss was built from other representers"):
+        Run(config).query(PROMPT, COMPLETION, method="influence")
+    hits = Run(config).query(PROMPT, COMPLETION, method="grad_dot")
+    assert hits.helpful, "grad_dot has no ridge, so its representers are the same"
+
+
+def test_missing_stages_are_named(finished: Callable[[str], RunConfig], tmp_path: Path) -> None:
+    config = copied(finished("init"), tmp_path)
+    shutil.rmtree(Path(config.layout.index("trak")).parent)
+    with pytest.raises(StoreNotFoundError, match="run `llmattrib index` first"):
+        Run(config).query(PROMPT, COMPLETION)
+    shutil.rmtree(config.layout.features)
+    with pytest.raises(StoreNotFoundError, match="run `llmattrib build` first"):
+        Run(config)
+
+
+def test_a_run_can_be_moved(finished: Callable[[str], RunConfig], tmp_path: Path) -> None:
+    config = finished("init")
+    moved = Run.open(copied(config, tmp_path).run_dir).query(PROMPT, COMPLETION)
+    assert moved == Run.open(config.run_dir).query(PROMPT, COMPLETION)
+
+
+def test_prompt_longer_than_the_context(finished: Callable[[str], RunConfig]) -> None:
+    run = Run.open(finished("init").run_dir)
+    with pytest.raises(OverlongExampleError, match="longer than 128 tokens"):
+        run.query(PROMPT * 50, COMPLETION)
+    with pytest.raises(OverlongExampleError, match="5 are to be generated"):
+        run.query(PROMPT * 50)
+
+
+def test_queries_from_a_file(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u\u2028v"}]
+    rows = [{"prompt": "a"}, {"question": "b", "answer": "c", "id": 3}, {"prompt": chat, "completion": ""}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
+    config = DataConfig(train="x", prompt="question", completion="answer")
+    assert read_queries(path, config) == [
+        Query.of("a"),
+        Query(user_message("b"), "c", "3"),
+        Query.of(chat, ""),  # type: ignore[arg-type]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"line 2 is not JSON"),
+        ("[]", r"line 2 is a list"),
+        ('{"text": "x"}', r"line 2: the prompt is None \(fields: text\)"),
+        ('{"prompt": " "}', r"line 2: the prompt is ' '"),
+        ('{"prompt": [{"role": "user"}]}', r"line 2: the prompt is \[\{'role': 'user'\}\]"),
+        ('{"prompt": [{"role": "user", "content": 1}]}', r"line 2: the prompt is"),
+        ('{"prompt": "x", "completion": 3}', r"line 2: the completion is 3"),
+    ],
+)
+def test_unusable_query_names_its_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n' + line + "\n")
+    with pytest.raises(MissingFieldError, match=message):
+        read_queries(path, DataConfig(train="x"))
+
+
+def test_file_of_queries_that_is_absent_or_empty(tmp_path: Path) -> None:
+    with pytest.raises(EmptyDatasetError, match=r"absent\.jsonl cannot be read"):
+        read_queries(tmp_path / "absent.jsonl", DataConfig(train="x"))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(EmptyDatasetError, match=r"empty\.jsonl has no rows"):
+        read_queries(tmp_path / "empty.jsonl", DataConfig(train="x"))
+
+
+def test_hits_round_trip_through_json(tmp_path: Path) -> None:
+    hit = Hit(1, 4, "é", "p\n", "c", 0.5, 0.25)
+    hits = Hits("p", "c", False, "trak", (hit,), (), 0.5, 9, True, False, "a")
+    write_hits([hits, hits], tmp_path / "new" / "hits.jsonl")
+    lines: Sequence[str] = (tmp_path / "new" / "hits.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        tree = json.loads(line)
+        helpful = tuple(Hit(**row) for row in tree.pop("helpful"))
+        assert Hits(**{**tree, "helpful": helpful, "harmful": tuple(tree["harmful"])}) == hits
+    assert len(lines) == 2
