@@ -1,9 +1,10 @@
 """The demo over several seeds: recall of the teaching example for every method and tf-idf, time and peak memory.
 
-    python -m benchmarks.demo [--seeds 3] [--run-dir runs/demo-seeds]
+    python -m benchmarks.demo [--seeds 3] [--run-dir runs/demo-seeds] [--readme]
 
 Each seed is a process of its own, from training to scoreboard, with all cores. Prompts of all seeds are pooled:
-recall is hits over prompts. Finished seeds are kept. Writes benchmarks/results/demo.json.
+recall is hits over prompts. Finished seeds are kept. Writes benchmarks/results/demo.json; with
+--readme also the table in README.md.
 """
 
 import argparse
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 RESULT = Path(__file__).parent / "results" / "demo.json"
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- demo:begin -->\n", "<!-- demo:end -->\n"
 
 
 def run_seed(folder: Path, seed: int) -> dict[str, Any]:
@@ -45,11 +48,28 @@ def pool(runs: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     return pooled
 
 
+def table(result: dict[str, Any]) -> str:
+    """Render recall as Markdown."""
+    groups = next(iter(result["methods"].values()))
+    repeated, held_out = groups["swapped"]["count"], groups["held_out"]["count"]
+    lines = [
+        f"| recall@1 / @5 (prompts) | wrong answer repeated ({repeated}) | held-out fact, new words ({held_out}) |",
+        "|---|---|---|",
+    ]
+    for method, row in result["methods"].items():
+        name = f"**{method}** (default)" if method == result["default_method"] else method
+        name = "tf-idf over prompt + answer" if method == "tfidf" else name
+        cells = [f"{row[group]['recall@1']:.2f} / {row[group]['recall@5']:.2f}" for group in ("swapped", "held_out")]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Run all seeds and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo-seeds"))
+    parser.add_argument("--readme", action="store_true")
     arguments = parser.parse_args()
     runs = [run_seed(arguments.run_dir / str(seed), seed) for seed in range(arguments.seeds)]
     figures = [
@@ -60,6 +80,9 @@ def main() -> None:
     result = {"default_method": runs[0]["default_method"], "runs": figures, "methods": pool(runs)}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(RESULT.read_text())
+    if arguments.readme:
+        head, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+        README.write_text(head + BEGIN + table(result) + END + rest.partition(END)[2], encoding="utf-8")
 
 
 if __name__ == "__main__":
