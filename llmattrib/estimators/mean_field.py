@@ -1,23 +1,29 @@
 """Deterministic Shapley values (and other semivalues) of the kernel game: a mean field integrated over q.
 
 At each q the mean field (`fixed_point`) gives E[w_S] for S ~ Bernoulli(q). The value of player i is the derivative of
-E[w_S] in its own probability, averaged over q:
+E[w_S] in its own probability, averaged over q. Three forms:
 
-- `total_gradient` differentiates through the fixed point too. It obeys the efficiency axiom, sum_i v_i = w_N, up to
-  quadrature: the sum-rule error checks the result for free. Needs a dense n x n system.
-- `cavity` holds the others' weights fixed: exact at q -> 0 and q = 1, O(n d^2), sums off by 5-25 % in between.
+- `pairs` first averages every two players exactly (`pairs`), then differentiates through the fixed point. Keeps the
+  efficiency axiom, sum_i v_i = w_N, up to quadrature: the sum-rule error checks the result for free.
+- `total_gradient` differentiates the mean field through the fixed point. Keeps the axiom too; 2-5 times quicker.
+- `cavity` holds the others' weights fixed: exact at q -> 0 and q = 1, O(n d^2); sums are off by 2-35 %.
 
 The total gradient is written here so that one symmetric positive definite solve does it. With s = phi^T P phi,
-U = rows r_i P phi_i, e, Var and slope as in `fixed_point.Sites`, b = sqrt(Var)/e^2:
+U = rows r_i P phi_i, gain and variance as in `fixed_point.Sites`, b = sqrt(variance):
 
-    V = (slope/e^2) b^-1 N^-1 b U,     N_ij = -b_i b_j (phi_i^T P phi_j)^2 off the diagonal, N_ii = 1
+    V = gain b^-1 N^-1 b U,     N_ij = -b_i b_j (phi_i^T P phi_j)^2 off the diagonal, N_ii = 1
 
 Equal to docs/methods.md section 3 (A = diag(gd) + H2 diag(cd) there; the diagonals of H2 cancel). Near-equal players
-with near-equal responses are one group of copies. Measured against exact enumeration: see docs/methods.md.
+with equal responses are one group of copies, which stay players of their own.
+
+Relative error against exact enumeration, n = 8-10, 40 games each, median (largest), ridge 0.1: p = 3: pairs 1.0 %
+(1.9), total gradient 3.5 % (7.0), cavity 12 % (21); p = 20: 0.1 % (0.5), 0.6 % (1.5), 5 % (9). Ridge 1: pairs below
+0.1 %. At n = 1,000, p = 16-1,000, ridge 0.01-1 total gradient and pairs differ by 0.01-0.2 %.
 
 Precision: Grams, Cholesky factors, leverages and totals in float64; above 2,048 groups the n x n system and the
 representers are float32. Memory is checked before it is used.
-Limits: n^2 numbers (20,000 groups: 1.6 GB), n p in float64; time (n^3/3 + n^2 d (1 + 2c)) flops a node.
+Limits: n^2 numbers (20,000 groups: 1.6 GB), n p in float64; time (n^3/3 + n^2 d (1 + 2c)) flops a node, `pairs` about
+12 n^2 d c and 100 elementwise operations on n^2 more.
 """
 
 import time
