@@ -2,7 +2,8 @@
 
     python -m benchmarks.demo [--seeds 3] [--run-dir runs/demo-seeds] [--readme]
 
-Each seed is a process of its own, from training to scoreboard, with all cores. Prompts of all seeds are pooled:
+Each seed is a process of its own, from training to scoreboard. The same prompts and answers are then traced with
+features at the trained adapter (`features.linearisation=trained`), for comparison. Prompts of all seeds are pooled:
 recall is hits over prompts. Finished seeds are kept. Writes benchmarks/results/demo.json; with
 --readme also the table in README.md.
 """
@@ -13,8 +14,18 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from llmattrib.build import build_features
+from llmattrib.config import METHODS, load_config
+from llmattrib.demo import score
+from llmattrib.facts import choose_facts, make_probes
+from llmattrib.hits import Query
+from llmattrib.index import build_index
+from llmattrib.query import Run
+from llmattrib.reduce import reduce_run
 
 RESULT = Path(__file__).parent / "results" / "demo.json"
 README = Path(__file__).parent.parent / "README.md"
@@ -31,6 +42,33 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         record.write_text(json.dumps({"seconds": time.perf_counter() - start, "peak_memory_bytes": peak}) + "\n")
     return json.loads((folder / "scoreboard.json").read_text()) | json.loads(record.read_text())  # type: ignore[no-any-return]
+
+
+def trained_scores(folder: Path, seed: int) -> dict[str, Any]:
+    """Score the prompts and answers of a finished demo with features at the trained adapter."""
+    record = folder / "trained" / "scoreboard.json"
+    if not record.exists():
+        config = load_config(str(folder))
+        config = config.model_copy(
+            update={
+                "run_dir": str(folder / "trained"),
+                "model": config.model.model_copy(update={"adapters": (str(folder / "adapter"),)}),
+                "features": config.features.model_copy(update={"linearisation": "trained"}),
+            }
+        )
+        build_features(config)
+        reduce_run(config)
+        for method in METHODS:
+            build_index(config, method)
+        facts = choose_facts(seed)
+        probes = make_probes(seed, facts)
+        answers = json.loads((folder / "evaluation" / "answers.json").read_text())["answers"]
+        queries = [Query.of(probe.prompt, text) for probe, text in zip(probes, answers, strict=True)]
+        answered = Run(config).query_many(queries, top=5, methods=METHODS)
+        found = {method: answered[k :: len(METHODS)] for k, method in enumerate(METHODS)}
+        scores = score(config, facts, probes, queries, found)
+        record.write_text(json.dumps(asdict(scores), indent=2) + "\n")
+    return json.loads(record.read_text())  # type: ignore[no-any-return]
 
 
 def pool(runs: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -53,14 +91,18 @@ def table(result: dict[str, Any]) -> str:
     groups = next(iter(result["methods"].values()))
     repeated, held_out = groups["swapped"]["count"], groups["held_out"]["count"]
     lines = [
-        f"| recall@1 / @5 (prompts) | wrong answer repeated ({repeated}) | held-out fact, new words ({held_out}) |",
-        "|---|---|---|",
+        f"| recall@1 / @5 | wrong answer repeated ({repeated} prompts) | held-out fact, new words ({held_out}) "
+        "| the same, gradients at the trained adapter |",
+        "|---|---|---|---|",
     ]
     for method, row in result["methods"].items():
         name = f"**{method}** (default)" if method == result["default_method"] else method
         name = "tf-idf over prompt + answer" if method == "tfidf" else name
-        cells = [f"{row[group]['recall@1']:.2f} / {row[group]['recall@5']:.2f}" for group in ("swapped", "held_out")]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+        trained = result["trained"][method]["held_out"]
+        cells = [
+            f"{part['recall@1']:.2f} / {part['recall@5']:.2f}" for part in (row["swapped"], row["held_out"], trained)
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -72,12 +114,18 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true")
     arguments = parser.parse_args()
     runs = [run_seed(arguments.run_dir / str(seed), seed) for seed in range(arguments.seeds)]
+    trained = [trained_scores(arguments.run_dir / str(seed), seed) for seed in range(arguments.seeds)]
     figures = [
         {"seed": run["seed"], "seconds": round(run["seconds"], 1), "peak_memory_bytes": run["peak_memory_bytes"]}
         for run in runs
     ]
     RESULT.parent.mkdir(exist_ok=True)
-    result = {"default_method": runs[0]["default_method"], "runs": figures, "methods": pool(runs)}
+    result = {
+        "default_method": runs[0]["default_method"],
+        "runs": figures,
+        "methods": pool(runs),
+        "trained": pool(trained),
+    }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(RESULT.read_text())
     if arguments.readme:
