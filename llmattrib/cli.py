@@ -255,7 +255,9 @@ def query(
             for item in hits:
                 typer.echo(item.to_json())
         else:
-            for item in hits:
+            for number, item in enumerate(hits):
+                if number:
+                    typer.echo()
                 console.print_hits(item)
 
 

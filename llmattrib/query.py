@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from llmattrib.build import extract_rows, load_extractor, model_fingerprint
 from llmattrib.config import Method, RunConfig, load_config
 from llmattrib.data import Example, Message, read_examples
-from llmattrib.encoding import Encoded, collate, encode, encode_prompt, end_of_turn_id
+from llmattrib.encoding import Encoded, collate, encode, encode_prompt, end_of_turn_id, length_batches
 from llmattrib.errors import FingerprintMismatchError, MethodError, StaleIndexError
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
@@ -233,17 +233,22 @@ class Run:
         loaded.use(loaded.adapter_names[0])
         prompts = [encode_prompt(query.prompt, loaded.tokenizer, data) for query in queries]
         if data.label_words:
-            return [self._likeliest_label(prompt) for prompt in prompts]
+            return self._likeliest_labels(prompts)
         stop_ids = [end_of_turn_id(loaded.tokenizer, data)]
         answers = loaded.generate(prompts, self.config.query.max_new_tokens, stop_ids)
         return [str(loaded.tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
 
-    def _likeliest_label(self, prompt: Sequence[int]) -> str:
+    def _likeliest_labels(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         loaded, label_ids = self.extractor.loaded, list(self.extractor.label_ids)
-        batch = collate([Encoded((*prompt, label_ids[0]), len(prompt), 0)], loaded.pad_id).to(loaded.device)
-        with torch.inference_mode():
-            logits, _, _ = completion_logits(loaded.model, batch)
-        return self.config.data.label_words[int(logits[0, label_ids].argmax())]
+        encoded = [Encoded((*prompt, label_ids[0]), len(prompt), 0) for prompt in prompts]
+        labels = [0] * len(prompts)
+        for rows in length_batches(list(map(len, encoded)), self.config.features.tokens_per_batch):
+            batch = collate([encoded[row] for row in rows], loaded.pad_id).to(loaded.device)
+            with torch.inference_mode():
+                logits, _, _ = completion_logits(loaded.model, batch)
+            for row, label in zip(rows, logits[:, label_ids].argmax(1).tolist(), strict=True):
+                labels[row] = label
+        return [self.config.data.label_words[label] for label in labels]
 
     def _encode(self, example: Example) -> Encoded:
         loaded = self.extractor.loaded
@@ -283,9 +288,12 @@ class Run:
             scorer = ExactScorer(
                 self.config, self.extractor, examples[row], encoded[row], slot, cosine=attribution.normalize
             )
+            found = np.unique(np.concatenate([rows[row] for _, rows in pools]))
+            found = found[found >= 0]
+            exact = scorer.values([self.examples[k] for k in found.tolist()])
             for side, (_, rows) in enumerate(pools):
-                found = rows[row] >= 0
-                values[side][row, found] = scorer.values([self.examples[k] for k in rows[row][found].tolist()])
+                is_found = rows[row] >= 0
+                values[side][row, is_found] = exact[np.searchsorted(found, rows[row][is_found])]
         reranked = []
         for side, (_, rows) in enumerate(pools):
             sign = (1, -1)[side]

@@ -197,8 +197,9 @@ def test_the_trained_adapter_answers_also_when_features_are_at_init(finished: Ca
 @pytest.mark.parametrize("flavour", ["margin", "logits"])
 def test_label_runs_answer_with_the_likeliest_label(finished: Callable[[str], RunConfig], flavour: str) -> None:
     run = Run.open(finished(flavour).run_dir)
-    for row in tiny_rows(4):
-        answer = run.query(row["prompt"]).completion
+    answers = run.answers([Query.of(row["prompt"]) for row in tiny_rows(6)])
+    for row, example in zip(tiny_rows(6), answers, strict=True):
+        answer = example.completion
         loaded = run.extractor.loaded
         loaded.use(loaded.adapter_names[0])
         ids = encode_prompt(user_message(row["prompt"]), loaded.tokenizer, run.config.data)
