@@ -127,8 +127,8 @@ class ReduceConfig(Section):
     `auto` follows docs/methods.md: Shapley on generation is centred, unit-norm, ridge 0.1; on label words it is
     not centred, unit-norm, ridge by leave-one-out; the gradient family takes raw features, ridge 0.1.
     `ridge` is in units of the mean squared feature norm; `loo` chooses it by closed-form leave-one-out error.
-    `form` is how Shapley values are taken from the mean field: `pairs` is the most exact, `total_gradient` 5 times
-    quicker, `cavity` needs no n x n system but misses the sum rule; `auto` is pairs up to 2,048 examples.
+    `form` is how Shapley values are taken from the mean field: `pairs` is the most exact, `total_gradient` 2-5
+    times quicker, `cavity` needs no n x n system but misses the sum rule; `auto` is pairs up to 2,048 examples.
     """
 
     methods: tuple[Method, ...] = METHODS

@@ -108,7 +108,8 @@ def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool,
         ridge = ("loo" if is_shapley and has_labels else 0.1) if config.ridge == "auto" else config.ridge
     response: Response | None = None
     if is_shapley or ridge == "loo":
-        response = ("labels" if has_labels else "unit") if config.response == "auto" else config.response
+        own_labels = has_labels and output != "pntk"  # the gradient of a sum over classes knows no label
+        response = ("labels" if own_labels else "unit") if config.response == "auto" else config.response
         _check_response(response, output, has_labels)
     form: Form = ("pairs" if num_rows <= LARGE else "total_gradient") if config.form == "auto" else config.form
     return Settings(
@@ -227,7 +228,8 @@ def _reduce(config: RunConfig, progress: Progress) -> list[dict[str, Any]]:
     store = RowStore.open(config.layout.features)
     store.require_complete()
     reader, reduce = _Reader(store), config.reduce
-    has_labels, num_rows = bool(config.data.label_words), store.manifest.num_rows
+    has_labels = bool(store.manifest.fingerprint["encoding"]["label_words"])
+    num_rows = store.manifest.num_rows
     settings = [resolve(reduce, method, reader.output, has_labels, num_rows) for method in reduce.methods]
     results = []
     with locked(config.layout.path("representers")):
@@ -293,6 +295,8 @@ def _compute(settings: Settings, reader: _Reader, progress: Progress) -> tuple[d
         info |= measured
     else:
         representers = _score(_scorer(settings, ridge, reader), settings, reader, progress)
+        if settings.method == "trak" and reader.output == "loss":
+            notes.append("on features of loss, trak equals influence: the gradient already carries the factor 1 - p")
     return {**info, "notes": notes}, representers
 
 

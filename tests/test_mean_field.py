@@ -53,7 +53,7 @@ def total_gradient_at(features, responses, lam, q):
 @pytest.mark.parametrize(("n", "p"), [(12, 5), (9, 30)])
 def test_one_solve_form_equals_the_general_total_gradient(n, p, q):
     features, responses = oracles.random_game(n, p, 0)
-    game, result = run(features, responses, 0.1, semivalue=ame([q]), fixed_point_tolerance=1e-13)
+    game, result = run(features, responses, 0.1, semivalue=ame([q]), form="total_gradient", fixed_point_tolerance=1e-13)
     expected = total_gradient_at(features, responses, game.ridge, q)
     np.testing.assert_allclose(result.representers[:, 0], expected, rtol=1e-8, atol=1e-11)
     assert result.sum_rule_error is None

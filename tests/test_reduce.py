@@ -36,7 +36,12 @@ def write_features(
 ):
     """A feature store of `phi` [n, c, p] in shards of 8, in exact float32."""
     n, c, p = phi.shape
-    manifest = Manifest("features", n, c, p, "float32", 8, COLUMNS, {"features": {"output": output}, "seed": seed}, {})
+    fingerprint = {
+        "features": {"output": output},
+        "encoding": {"label_words": list(config.data.label_words)},
+        "seed": seed,
+    }
+    manifest = Manifest("features", n, c, p, "float32", 8, COLUMNS, fingerprint, {})
     store = RowStore.create(config.layout.features, manifest)
     columns = columns_of(n)
     for shard in range(store.num_shards if shards is None else shards):
@@ -97,8 +102,17 @@ def test_gradient_methods_take_raw_features_and_equal_their_oracles(tmp_path, n,
 def test_trak_of_a_loss_is_not_weighted_again(tmp_path):
     config = make_run(tmp_path, methods=["influence", "trak"])
     write_features(config, draw(20, 4), output="loss")
-    reduce_run(config)
+    notes = {result.method: result.notes for result in reduce_run(config)}
     np.testing.assert_array_equal(representers(config, "trak")[1], representers(config, "influence")[1])
+    assert any("trak equals influence" in note for note in notes["trak"])
+    assert not notes["influence"]
+
+
+def test_label_words_are_those_of_the_features_not_of_the_config(tmp_path):
+    write_features(make_run(tmp_path), draw(20, 4))
+    reduce_run(make_run(tmp_path, words=("yes", "no"), methods=["shapley"]))
+    info = representers(make_run(tmp_path), "shapley")[0].manifest.info
+    assert (info["center"], info["ridge"], info["response"]) == (True, 0.1, "unit")
 
 
 @pytest.mark.parametrize(("n", "p"), [(30, 6), (20, 50)])
@@ -300,7 +314,7 @@ def test_gradient_methods_refuse_logits(method):
     ("response", "output", "has_labels", "message"),
     [
         ("labels", "loss", False, r"reduce\.response=labels needs label words"),
-        ("auto", "pntk", True, "features of output pntk are the same for every label"),
+        ("labels", "pntk", True, "features of output pntk are the same for every label"),
         ("unit", "logits", True, r"reduce\.response=unit gives every class the same response"),
         ("residual", "logits", True, r"reduce\.response=residual gives every class the same response"),
     ],
@@ -318,6 +332,8 @@ def test_auto_settings_follow_the_task_and_explicit_ones_win():
     assert chosen("shapley", False) == (True, True, 0.1, "unit", "pairs")
     assert chosen("shapley", True) == (False, True, "loo", "labels", "pairs")
     assert chosen("shapley", False, 2049) == (True, True, 0.1, "unit", "total_gradient")
+    pntk = resolve(ReduceConfig(), "shapley", "pntk", True, 10)
+    assert pntk.response == "unit", "it has no label in it"
     for method, normalize, ridge in (
         ("influence", False, 0.1),
         ("trak", False, 0.1),

@@ -4,7 +4,7 @@ At each q the mean field (`fixed_point`) gives E[w_S] for S ~ Bernoulli(q). The 
 E[w_S] in its own probability, averaged over q. Three forms:
 
 - `pairs` first averages every two players exactly (`pairs`), then differentiates through the fixed point. Keeps the
-  efficiency axiom, sum_i v_i = w_N, up to quadrature: the sum-rule error checks the result for free.
+  efficiency axiom, sum_i v_i = w_N, up to quadrature, which the sum-rule error measures; it says nothing of the bias below.
 - `total_gradient` differentiates the mean field through the fixed point. Keeps the axiom too; 2-5 times quicker.
 - `cavity` holds the others' weights fixed: exact at q -> 0 and q = 1, O(n d^2); sums are off by 2-35 %.
 
@@ -86,7 +86,7 @@ class MeanField:
 
     Attributes:
         semivalue: the measure over q.
-        form: `total_gradient` or `cavity`.
+        form: `pairs`, `total_gradient` or `cavity`, see the module.
         tolerance: sum-rule error (total gradient, Shapley) or quadrature error (else) to refine the nodes to.
         max_level: refinements allowed; level k has 8 * 2^k - 1 inner nodes.
         duplicate_tolerance: rows nearer than this, relative to their norm, with equal responses, are copies;
@@ -97,7 +97,7 @@ class MeanField:
     """
 
     semivalue: Semivalue = SHAPLEY
-    form: Form = "total_gradient"
+    form: Form = "pairs"
     tolerance: float = 1e-3
     max_level: int = 4
     duplicate_tolerance: float | None = 1e-4
