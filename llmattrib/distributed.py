@@ -5,6 +5,7 @@ every call is trivial. Models are never wrapped: weights are frozen, and ranks m
 What ranks tell each other is JSON, never pickle. This module alone imports accelerate.
 """
 
+import atexit
 import dataclasses
 import datetime
 import json
@@ -143,4 +144,5 @@ def ranks() -> Ranks:
             expected="processes started by `accelerate launch`",
             fix="start through `accelerate launch --config_file launch/cpu.yaml ...`, or unset WORLD_SIZE",
         ) from error
+    atexit.register(state.destroy_process_group)  # left to the interpreter's end, its threads may outlive their locks
     return Ranks(state.process_index, state.num_processes, str(state.device))
