@@ -18,6 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmattrib.build import build_features
 from llmattrib.config import METHODS, load_config
 from llmattrib.demo import score
@@ -36,11 +38,17 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     """Run one demo, or read what an earlier run of this benchmark measured."""
     record = folder / "benchmark.json"
     if not record.exists():
-        start = time.perf_counter()
+        start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-m", "llmattrib.cli", "demo", "--run-dir", str(folder), "--seed", str(seed)]
         subprocess.run(command, check=True)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        record.write_text(json.dumps({"seconds": time.perf_counter() - start, "peak_memory_bytes": peak}) + "\n")
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        figures = {
+            "seconds": round(time.perf_counter() - start, 1),
+            "cpu_seconds": round(used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime, 1),
+            "peak_memory_bytes": used.ru_maxrss * 1024,
+            "threads": torch.get_num_threads(),
+        }
+        record.write_text(json.dumps(figures) + "\n")
     return json.loads((folder / "scoreboard.json").read_text()) | json.loads(record.read_text())  # type: ignore[no-any-return]
 
 
@@ -115,10 +123,8 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = [run_seed(arguments.run_dir / str(seed), seed) for seed in range(arguments.seeds)]
     trained = [trained_scores(arguments.run_dir / str(seed), seed) for seed in range(arguments.seeds)]
-    figures = [
-        {"seed": run["seed"], "seconds": round(run["seconds"], 1), "peak_memory_bytes": run["peak_memory_bytes"]}
-        for run in runs
-    ]
+    keys = ("seed", "seconds", "cpu_seconds", "peak_memory_bytes", "threads")
+    figures = [{key: run[key] for key in keys} for run in runs]
     RESULT.parent.mkdir(exist_ok=True)
     result = {
         "default_method": runs[0]["default_method"],
