@@ -214,9 +214,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     raise DataError(f"{place} has more cells than the header", expected=f"{len(row) - 1} cells")
                 yield place, row
         except csv.Error as error:
-            raise DataError(
-                f"{path} line {reader.reader.line_num} is not CSV: {error}", fix="correct the quoting"
-            ) from error
+            raise DataError(f"{path} line {reader.reader.line_num} is not CSV: {error}", fix="correct the quoting") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -25,7 +25,7 @@ from llmattrib.config import RunConfig
 from llmattrib.data import data_fingerprint, load_examples
 from llmattrib.encoding import Encoded, EncodedSet, collate, encode_all, encoded_fingerprint
 from llmattrib.errors import ConfigError, FingerprintMismatchError, NonFiniteGradientError
-from llmattrib.forward import FrozenPrefix, completion_logits, frozen_prefix
+from llmattrib.forward import completion_logits
 from llmattrib.model import LoadedModel, prepare_trainable, resolve_device, save_adapter
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
@@ -162,11 +162,10 @@ def _train(
     optimizer = torch.optim.AdamW(
         factors.values(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay
     )
-    prefix = frozen_prefix(loaded, encoded) if config.train.epochs > 1 else None  # before factors change
     losses = _restore(state_file, factors, optimizer, fingerprint)
     progress(len(losses) * len(encoded), config.train.epochs * len(encoded))
     for epoch in range(len(losses), config.train.epochs):
-        losses.append(_epoch(config, loaded, prefix, optimizer, encoded, ids, epoch, progress))
+        losses.append(_epoch(config, loaded, optimizer, encoded, ids, epoch, progress))
         if epoch + 1 < config.train.epochs:
             _save_state(state_file, factors, optimizer, fingerprint, losses)
     record = {
@@ -185,7 +184,6 @@ def _train(
 def _epoch(
     config: RunConfig,
     loaded: LoadedModel,
-    prefix: FrozenPrefix | None,
     optimizer: torch.optim.Optimizer,
     encoded: Sequence[Encoded],
     ids: Sequence[str],
@@ -204,7 +202,7 @@ def _epoch(
         for group in optimizer.param_groups:
             group["lr"] = rate
         with _dropout_stream(config, step):
-            loss, tokens = _backward(loaded, prefix, encoded, rows)
+            loss, tokens = _backward(loaded, [encoded[row] for row in rows])
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         if not bool(torch.isfinite(norm)):
@@ -221,14 +219,11 @@ def _epoch(
     return total_loss / total_tokens
 
 
-def _backward(
-    loaded: LoadedModel, prefix: FrozenPrefix | None, encoded: Sequence[Encoded], rows: Sequence[int]
-) -> tuple[float, int]:
+def _backward(loaded: LoadedModel, examples: Sequence[Encoded]) -> tuple[float, int]:
     """Accumulate the gradient of the batch's mean loss; return that loss and its number of tokens."""
     scale = FLOAT16_LOSS_SCALE if loaded.fingerprint["dtype"] == "float16" else 1.0
-    batch = collate([encoded[row] for row in rows], loaded.pad_id).to(loaded.device)
-    with prefix.feed(rows, batch.input_ids.shape[1]) if prefix else nullcontext():
-        logits, _, target = completion_logits(loaded.model, batch)
+    batch = collate(examples, loaded.pad_id).to(loaded.device)
+    logits, _, target = completion_logits(loaded.model, batch)
     loss = torch.nn.functional.cross_entropy(logits, target)
     (loss * scale).backward()  # type: ignore[no-untyped-call]
     if scale != 1.0:

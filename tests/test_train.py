@@ -13,15 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmattrib.config import LoraConfig, RunConfig, validate_config
+from llmattrib.config import RunConfig, validate_config
 from llmattrib.data import load_examples
-from llmattrib.encoding import Encoded, collate, encode_all
+from llmattrib.encoding import Encoded, encode_all
 from llmattrib.errors import ConfigError, EmptyDatasetError, FingerprintMismatchError, NonFiniteGradientError
-from llmattrib.forward import FrozenPrefix, completion_logits, frozen_prefix
 from llmattrib.model import load_model, prepare_trainable
 from llmattrib.rng import stream
 from llmattrib.train import learning_rate_factor, train_adapter, training_dtype
-from tests.tiny import CONTEXT, FAMILIES, tiny_adapter_dir, tiny_model_dir, tiny_run, tiny_tokenizer
+from tests.tiny import CONTEXT, FAMILIES, tiny_adapter_dir, tiny_run, tiny_tokenizer
 
 
 def factors_of(path: str) -> dict[str, torch.Tensor]:
@@ -106,63 +105,6 @@ def test_training_equals_a_slow_loop(tmp_path: Path, family: str) -> None:
         assert b.any()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_training_from_a_frozen_prefix_equals_a_slow_loop(tmp_path: Path, family: str) -> None:
-    deep = tiny_model_dir(tmp_path, family, num_layers=4, seed=1)
-    model = {"name": deep, "device": "cpu", "lora": {"rank": 2, "layers": "2-3"}}
-    config = tiny_run(tmp_path, num_rows=7, model=model, train={"batch_size": 3})
-    encoded = encoded_of(config)
-    loaded = prepare_trainable(config.model, "float32", 0)
-    prefix = frozen_prefix(loaded, encoded)
-    assert prefix is not None
-    ran: list[int] = []
-    for number, block in enumerate(loaded.model.get_submodule("base_model.model." + layers_of(family))):
-        block.get_submodule(norm_of(family)).register_forward_hook(lambda *_, number=number: ran.append(number))
-    batch = collate(encoded[:3], 0)
-    with torch.no_grad():
-        with prefix.feed([0, 1, 2], batch.input_ids.shape[1]):
-            short = completion_logits(loaded.model, batch)[0]
-        assert ran == [2, 3]
-        whole = completion_logits(loaded.model, batch)[0]
-        assert ran == [2, 3, 0, 1, 2, 3]
-    torch.testing.assert_close(short, whole, rtol=1e-5, atol=1e-5)
-    assert train_adapter(config).losses == pytest.approx(train_slowly(config)[1], rel=1e-5)
-
-
-def layers_of(family: str) -> str:
-    """Return the name of a model's list of blocks."""
-    return "transformer.h" if family == "gpt2" else "model.layers"
-
-
-def norm_of(family: str) -> str:
-    """Return the name of a part that runs once in each block."""
-    return "ln_1" if family == "gpt2" else "input_layernorm"
-
-
-def test_no_prefix_where_it_would_not_help_or_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_run(tmp_path, num_rows=5)
-    encoded = encoded_of(config)
-
-    def prefix_with(**lora: Any) -> FrozenPrefix | None:
-        section = config.model.model_copy(update={"lora": LoraConfig(**lora)})
-        return frozen_prefix(prepare_trainable(section, "float32", 0), encoded)
-
-    assert prefix_with() is None
-    assert prefix_with(target_modules=("lm_head",)) is None
-    assert prefix_with(layers="1-1") is not None
-    monkeypatch.setattr("llmattrib.forward.MAX_PREFIX_BYTES", 4 * 64 * sum(map(len, encoded)) - 1)
-    assert prefix_with(layers="1-1") is None
-
-
-def test_a_prefix_that_changes_the_loss_is_not_used(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path, num_rows=5, model=base_of(tmp_path) | {"device": "cpu", "lora": {"layers": "1-1"}})
-    loaded = prepare_trainable(config.model, "float32", 0)
-    block = loaded.model.get_base_model().model.layers[0]
-    seen: list[torch.Tensor] = []  # a block whose output depends on how often it ran
-    block.register_forward_hook(lambda module, args, output: seen.append(output) or output * len(seen))
-    assert frozen_prefix(loaded, encoded_of(config)) is None
-
-
 def test_the_loss_falls_and_labels_are_learnt(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, labels=True, num_rows=4, train={"epochs": 20, "learning_rate": 1e-2})
     result = train_adapter(config)
@@ -199,9 +141,7 @@ def test_low_precision_stays_close(tmp_path: Path, dtype: str) -> None:
 
 
 def test_two_runs_give_the_same_bytes_and_leave_the_random_state(tmp_path: Path) -> None:
-    config = tiny_run(
-        tmp_path, model={"lora": {"rank": 2, "dropout": 0.3, "layers": "1-1"}, "device": "cpu"} | base_of(tmp_path)
-    )
+    config = tiny_run(tmp_path, model={"lora": {"rank": 2, "dropout": 0.3}, "device": "cpu"} | base_of(tmp_path))
     state = torch.get_rng_state()
     first = files_of(train_adapter(config).path)
     assert torch.equal(torch.get_rng_state(), state)
@@ -222,12 +162,10 @@ class KilledError(Exception):
     """Stands for the process ending."""
 
 
-@pytest.mark.parametrize(("killed_at", "dropout", "layers"), [(5, 0.0, None), (13, 0.3, None), (35, 0.3, "1-1")])
-def test_a_killed_run_resumes_to_the_same_bytes(
-    tmp_path: Path, killed_at: int, dropout: float, layers: str | None
-) -> None:
+@pytest.mark.parametrize(("killed_at", "dropout"), [(5, 0.0), (13, 0.3), (35, 0.0)])
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, killed_at: int, dropout: float) -> None:
     base = base_of(tmp_path)
-    model = base | {"device": "cpu", "lora": {"rank": 2, "dropout": dropout, "layers": layers}}
+    model = base | {"device": "cpu", "lora": {"rank": 2, "dropout": dropout}}
     settings = {"epochs": 3, "batch_size": 5}
     config = tiny_run(tmp_path, train=settings, model=model)
     broken = config.model_copy(update={"run_dir": str(tmp_path / "broken")})
