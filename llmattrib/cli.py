@@ -232,19 +232,21 @@ def query(
     with console.reporting(debug):
         from llmattrib.errors import ConfigError
         from llmattrib.hits import Query, read_queries, write_hits
-        from llmattrib.query import Run
 
-        opened = Run.open(config, overrides or ())
+        loaded = _load(config, overrides)  # what can be wrong here is said before the seconds that torch takes
         if prompt is not None and prompts is None:
             queries = [Query.of(prompt, completion)]
         elif prompts is not None and prompt is None and completion is None:
-            queries = read_queries(prompts, opened.config.data)
+            queries = read_queries(prompts, loaded.data)
         else:
             raise ConfigError(
                 "what to ask is not clear",
                 expected="--prompt with or without --completion, or --prompts alone",
                 fix="completions of several prompts belong into the file of --prompts",
             )
+        from llmattrib.query import Run
+
+        opened = Run(loaded)
         chosen = opened.methods(method)
         with redirect_stdout(sys.stderr):  # libraries that log to stdout would spoil --json
             hits = opened.query_many(queries, top=top, methods=chosen, rerank=rerank)
