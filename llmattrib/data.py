@@ -10,19 +10,18 @@ import csv
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmattrib.config import DataConfig
-from llmattrib.errors import DataError, EmptyDatasetError, MissingFieldError
+from llmattrib.errors import DataError, EmptyDatasetError, MissingFieldError, first_line
+from llmattrib.storage import atomic_write, read_bytes
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 _SCHEMA = pa.schema([("id", pa.string()), ("prompt", pa.string()), ("completion", pa.string())])
@@ -99,9 +98,16 @@ def load_examples(config: DataConfig) -> list[Example]:
 
 
 def save_examples(examples: Sequence[Example], path: str | Path) -> None:
-    """Write examples to a Parquet file (columns id, prompt as JSON messages, completion), atomically when local.
+    """Write examples to a Parquet file (columns id, prompt as JSON messages, completion), atomically.
 
     The same examples give the same bytes.
+
+    Args:
+        examples: what to save.
+        path: local path or fsspec URL.
+
+    Raises:
+        DiskSpaceError, StoreError: the file cannot be written.
     """
     table = pa.table(
         {
@@ -113,16 +119,7 @@ def save_examples(examples: Sequence[Example], path: str | Path) -> None:
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", use_dictionary=False)
-    text = str(path)
-    if "://" in text:
-        with fsspec.open(text, "wb") as file:
-            file.write(buffer.getvalue())
-        return
-    target = Path(text)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, target)
+    atomic_write(str(path), buffer.getvalue())
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -133,8 +130,7 @@ def read_examples(path: str | Path) -> list[Example]:
         DataError: it is not such a file.
     """
     try:
-        with fsspec.open(str(path), "rb") as file:
-            table = pq.read_table(io.BytesIO(file.read()))
+        table = pq.read_table(io.BytesIO(read_bytes(str(path))))
     except FileNotFoundError as error:
         raise EmptyDatasetError(f"there is no file {path}", fix="run `llmattrib build` first") from error
     except pa.ArrowInvalid as error:
@@ -172,6 +168,10 @@ def _rows(config: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from _READERS[path.suffix](path)
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8 text ({error})", fix="convert it to UTF-8") from error
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read ({error.strerror or error})", fix="check its permissions"
+            ) from error
     elif path.suffix in SUFFIXES:
         raise EmptyDatasetError(f"there is no file {path}", fix="check data.train; paths are relative to where you are")
     else:
@@ -214,7 +214,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     raise DataError(f"{place} has more cells than the header", expected=f"{len(row) - 1} cells")
                 yield place, row
         except csv.Error as error:
-            raise DataError(f"{path} line {reader.reader.line_num} is not CSV: {error}", fix="correct the quoting") from error
+            raise DataError(
+                f"{path} line {reader.reader.line_num} is not CSV: {error}", fix="correct the quoting"
+            ) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -241,9 +243,9 @@ def _hub_rows(config: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
     name, _, configuration = config.train.partition(":")
     try:
         dataset = datasets.load_dataset(name, configuration or None, split=config.split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise EmptyDatasetError(
-            f"{config.train} is no file, and `datasets` cannot load it: {str(error).strip().splitlines()[0]}",
+            f"{config.train} is no file, and `datasets` cannot load it: {first_line(error)}",
             expected=f"a {', '.join(SUFFIXES)} file or the name of a data set with a split {config.split!r}",
             fix="check data.train, data.split and the network",
         ) from error
@@ -272,12 +274,26 @@ def _example(index: int, place: str, row: Mapping[str, Any], config: DataConfig)
     if not completion.strip() or not any(turn["content"].strip() for turn in prompt):
         which = "prompt" if completion.strip() else "completion"
         raise MissingFieldError(f"{place} has an empty {which}", expected="some text", fix="correct or remove the row")
+    _check_text(place, completion, *(part for turn in prompt for part in (turn["role"], turn["content"])))
     if config.id is None:
         return Example(index, str(index), prompt, completion)
     identifier = _field(row, config.id, place)
     if not isinstance(identifier, str | int) or not str(identifier).strip():
         raise MissingFieldError(f"{place}: {config.id!r} is {identifier!r}", expected="text or a whole number")
     return Example(index, str(identifier), prompt, completion)
+
+
+def _check_text(place: str, *texts: str) -> None:
+    """Refuse halves of characters (lone surrogates), which JSON can hold and no tokenizer takes."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{place} holds {text[error.start]!a}, half of a character, after {text[: error.start][-20:]!r}",
+                expected="whole Unicode characters",
+                fix="correct the row; text that was cut inside an emoji is the usual cause",
+            ) from error
 
 
 def _field(row: Mapping[str, Any], name: str, place: str) -> Any:

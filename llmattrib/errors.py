@@ -32,6 +32,12 @@ An error says what was found, what was expected and what to do. The command line
 from collections.abc import Mapping
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library says, or the name of its error when it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class LlmattribError(Exception):
     """Base of all errors raised on purpose.
 

@@ -30,6 +30,7 @@ from llmattrib.errors import (
     ModelNotFoundError,
     OverlongExampleError,
     UnsupportedAdapterError,
+    first_line,
 )
 from llmattrib.rng import stream
 from llmattrib.weights import (
@@ -317,7 +318,7 @@ def _load_base(config: ModelConfig, folder: Path, dtype: str, device: torch.devi
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelNotFoundError(
-            f"{config.name} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            f"{config.name} cannot be loaded: {first_line(error)}",
             expected="a causal language model with safetensors weights",
             fix="check model.name and model.attn_implementation",
         ) from error
@@ -357,7 +358,7 @@ def _fresh(base: Any, config: ModelConfig, seed: int) -> peft.PeftModel:
     except ValueError as error:
         linear = sorted({name.rpartition(".")[2] for name, _ in _linear_modules(base)})
         raise ConfigError(
-            f"model.lora does not fit the model: {str(error).strip().splitlines()[0]}",
+            f"model.lora does not fit the model: {first_line(error)}",
             expected=f"target_modules among {linear}",
             fix="correct model.lora.target_modules or model.lora.layers",
         ) from error

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from llmattrib.config import digest
-from llmattrib.errors import DiskSpaceError, ModelNotFoundError, TokenizerMismatchError
+from llmattrib.errors import DiskSpaceError, ModelNotFoundError, TokenizerMismatchError, first_line
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
 _CONVERSION = "1"  # raise when the conversion changes, so that old copies are not read
@@ -125,7 +125,7 @@ def load_tokenizer(
                 tokenizers.append(AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code))
         except (OSError, ValueError, KeyError) as error:
             raise ModelNotFoundError(
-                f"{source} has no usable tokenizer: {str(error).strip().splitlines()[0]}",
+                f"{source} has no usable tokenizer: {first_line(error)}",
                 expected="tokenizer.json and tokenizer_config.json",
                 fix="save the tokenizer into that folder",
             ) from error
@@ -312,7 +312,7 @@ def _hub_folder(name: str, revision: str | None, trust_remote_code: bool) -> Pat
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ModelNotFoundError(
-            f"{name!r} is no folder or file here, and the hub does not give it: {str(error).strip().splitlines()[0]}",
+            f"{name!r} is no folder or file here, and the hub does not give it: {first_line(error)}",
             expected="a hub id, a folder, a .gguf file or package:NAME/FILE",
             fix="check model.name, the network, and for gated models `hf auth login`",
         ) from error

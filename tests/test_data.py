@@ -57,6 +57,25 @@ def test_a_datasets_name_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load_examples(DataConfig(train=str(folder), split="validation"))
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("broken.py", "x = 1", "Dataset scripts are no longer supported"),
+        ("train.jsonl", "{", "An error occurred while generating the dataset"),
+    ],
+)
+def test_a_data_set_that_datasets_cannot_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str, message: str
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / file).write_text(text)
+    with pytest.raises(EmptyDatasetError, match=f"(?s)broken is no file, and `datasets` cannot load it: {message}"):
+        load_examples(DataConfig(train=str(tmp_path / "broken")))
+
+
 def test_an_unknown_datasets_name_is_an_error() -> None:
     with pytest.raises(EmptyDatasetError, match=r"(?s)no/such-data-set is no file.*check data.train"):
         load_examples(DataConfig(train="no/such-data-set"))
@@ -124,6 +143,13 @@ def test_rows_beyond_the_limit_are_not_read(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "p", "completion": 3}\n', MissingFieldError, "line 1: 'completion' is a int"),
         ("a.jsonl", '{"prompt": "p", "completion": " "}\n', MissingFieldError, "line 1 has an empty completion"),
         ("a.jsonl", '{"prompt": "", "completion": "c"}\n', MissingFieldError, "line 1 has an empty prompt"),
+        (
+            "a.jsonl",
+            '{"prompt": "p", "completion": "so sad \\ud83d"}\n',
+            DataError,
+            r"line 1 holds '\\ud83d', half of a character, after 'so sad '",
+        ),
+        ("a.jsonl", '{"prompt": "\\ud83d", "completion": "c"}\n', DataError, r"line 1 holds '\\ud83d'"),
         ("a.jsonl", '{"prompt": 3, "completion": "c"}\n', MissingFieldError, "line 1: 'prompt' holds no messages"),
         (
             "a.jsonl",
@@ -144,6 +170,17 @@ def test_unusable_files_and_rows(tmp_path: Path, name: str, text: str, error: ty
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(EmptyDatasetError, match=r"there is no file nowhere/train.jsonl"):
         load_examples(DataConfig(train="nowhere/train.jsonl"))
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", ROWS)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=r"a\.jsonl cannot be read \(Permission denied\)"):
+        load_examples(DataConfig(train=path))
 
 
 def test_text_in_another_encoding(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 import llmattrib.errors as errors
-from llmattrib.errors import ConfigError, FingerprintMismatchError, LlmattribError
+from llmattrib.errors import ConfigError, FingerprintMismatchError, LlmattribError, first_line
 
 CLASSES = [
     cls
@@ -23,6 +23,11 @@ def test_message_has_three_parts_and_keeps_them_apart() -> None:
 def test_empty_parts_are_left_out() -> None:
     assert str(LlmattribError("found a")) == "found a"
     assert str(LlmattribError("found a", fix="do c")) == "found a\n  to fix: do c"
+
+
+def test_first_line_of_what_a_library_says() -> None:
+    assert first_line(OSError("\n  no such file\nmore")) == "no such file"
+    assert first_line(OSError()) == "OSError"
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
