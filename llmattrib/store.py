@@ -46,7 +46,7 @@ __all__ = ["Manifest", "Problem", "RowStore", "quantize"]
 
 CHUNK_ROWS = 64
 _KEY = "llmattrib"
-_REMAKE = "delete the store and run the stage that made it again"
+REMAKE = "delete the store and run the stage that made it again"
 
 
 class Problem(NamedTuple):
@@ -56,10 +56,11 @@ class Problem(NamedTuple):
     what: str
 
 
-def _checksum(rows: np.ndarray, columns: np.ndarray) -> str:
-    """blake2b of the decoded bytes of a shard: rows as stored, then columns."""
-    hasher = hashlib.blake2b(np.ascontiguousarray(rows).data, digest_size=32)
-    hasher.update(np.ascontiguousarray(columns).data)
+def checksum(*arrays: np.ndarray) -> str:
+    """blake2b of the decoded bytes of a shard: its arrays as stored, one after another."""
+    hasher = hashlib.blake2b(digest_size=32)
+    for array in arrays:
+        hasher.update(np.ascontiguousarray(array).data)
     return hasher.hexdigest()
 
 
@@ -68,7 +69,12 @@ def _zarr_store(path: str, read_only: bool) -> LocalStore | FsspecStore:
     return LocalStore(local, read_only=read_only) if local else FsspecStore.from_url(path, read_only=read_only)
 
 
-def _read_attributes(path: str) -> dict[str, Any] | None:
+def open_group(path: str, mode: Literal["r", "r+", "a"]) -> zarr.Group:
+    """Open a group; naming the format and refusing consolidated metadata saves the look-ups of older layouts."""
+    return zarr.open_group(_zarr_store(path, mode == "r"), mode=mode, zarr_format=3, use_consolidated=False)
+
+
+def read_attributes(path: str) -> dict[str, Any] | None:
     """Return the attributes of the group at `path`, or None when there is no group."""
     try:
         with storage.named_errors(path):
@@ -78,7 +84,7 @@ def _read_attributes(path: str) -> dict[str, Any] | None:
                 return None
         return dict(json.loads(data).get("attributes", {}))
     except ValueError as error:
-        raise StoreError(f"{path}/zarr.json is not JSON", fix=_REMAKE) from error
+        raise StoreError(f"{path}/zarr.json is not JSON", fix=REMAKE) from error
 
 
 class RowStore:
@@ -88,9 +94,7 @@ class RowStore:
         self.path, self.manifest = path, manifest
         self._read_only = read_only
         self._committed: set[int] = set()
-        mode: Literal["r", "r+"] = "r" if read_only else "r+"
-        # Naming the format and refusing consolidated metadata saves the look-ups of older layouts.
-        self._group = zarr.open_group(_zarr_store(path, read_only), mode=mode, zarr_format=3, use_consolidated=False)
+        self._group = open_group(path, "r" if read_only else "r+")
         self._rows, self._columns = self._array("rows"), self._array("columns")
         self.refresh()
 
@@ -108,7 +112,7 @@ class RowStore:
             StoreError: something else is at `path`, or it cannot be written.
         """
         path = path.rstrip("/")
-        attributes = _read_attributes(path)
+        attributes = read_attributes(path)
         if attributes is None or _KEY not in attributes:
             if storage.exists(f"{path}/rows/c"):
                 found = f"{path} holds Zarr data without a manifest"
@@ -139,7 +143,7 @@ class RowStore:
             FingerprintMismatchError: it is of another schema.
         """
         path = path.rstrip("/")
-        attributes = _read_attributes(path)
+        attributes = read_attributes(path)
         stored = attributes.get(_KEY) if attributes is not None else None
         if stored is None:
             found = f"there is no store at {path}"
@@ -153,7 +157,7 @@ class RowStore:
         try:
             array = self._group[name]
         except KeyError as error:
-            raise StoreError(f"{self.path} has no {name}", fix=_REMAKE) from error
+            raise StoreError(f"{self.path} has no {name}", fix=REMAKE) from error
         assert isinstance(array, zarr.Array)
         return array.with_config({"write_empty_chunks": True})
 
@@ -228,7 +232,7 @@ class RowStore:
             self._columns[start:stop] = columns
         storage.sync_file(f"{files[0]}/0/0")
         storage.sync_file(f"{files[1]}/0")
-        record = {"shard": shard, "rows": stop - start, "checksum": _checksum(stored, columns)}
+        record = {"shard": shard, "rows": stop - start, "checksum": checksum(stored, columns)}
         storage.atomic_write(self._record(shard), json.dumps(record).encode() + b"\n")
         self._committed.add(shard)
 
@@ -342,7 +346,7 @@ class RowStore:
         if not np.isfinite(vector).all():
             raise StoreError(f"vector {name!r} of {self.path} is not finite", expected="finite numbers")
         with storage.named_errors(self.path):
-            array = _make_array(self.path, f"vectors/{name}", vector.shape, vector.shape, "float32")
+            array = make_array(self.path, f"vectors/{name}", vector.shape, vector.shape, "float32")
             array[...] = vector.astype("<f4")
 
     def read_vector(self, name: str) -> Float[np.ndarray, "c p"]:
@@ -357,10 +361,10 @@ class RowStore:
                 vector = np.asarray(self._array(f"vectors/{name}")[...])
         except ValueError as error:
             raise CorruptShardError(
-                f"vector {name!r} of {self.path} cannot be decoded ({error})", fix=_REMAKE
+                f"vector {name!r} of {self.path} cannot be decoded ({error})", fix=REMAKE
             ) from error
         if np.isnan(vector).any():
-            raise CorruptShardError(f"vector {name!r} of {self.path} was not written to its end", fix=_REMAKE)
+            raise CorruptShardError(f"vector {name!r} of {self.path} was not written to its end", fix=REMAKE)
         return vector
 
     def update_info(self, info: Mapping[str, Any]) -> None:
@@ -409,7 +413,7 @@ class RowStore:
             return ["has a commit record that is not JSON"]
         except StoreError as error:
             return [error.found]
-        is_good = record == {"shard": shard, "rows": stop - start, "checksum": _checksum(rows, columns)}
+        is_good = record == {"shard": shard, "rows": stop - start, "checksum": checksum(rows, columns)}
         return [] if is_good else ["does not match the checksum of its commit record"]
 
 
@@ -418,7 +422,7 @@ def _chunk_rows(shard_size: int) -> int:
     return next(rows for rows in range(min(CHUNK_ROWS, shard_size), 0, -1) if shard_size % rows == 0)
 
 
-def _make_array(
+def make_array(
     path: str,
     name: str,
     shape: tuple[int, ...],
@@ -426,6 +430,7 @@ def _make_array(
     dtype: str,
     shards: tuple[int, ...] | None = None,
 ) -> zarr.Array[Any]:
+    """Make an empty array, in place of one that is there; floats start as NaN, which marks what was never written."""
     return zarr.create_array(
         _zarr_store(path, read_only=False),
         name=name,
@@ -434,7 +439,7 @@ def _make_array(
         chunks=chunks,
         shards=shards,
         compressors=[Crc32cCodec()],
-        fill_value=float("nan"),  # marks data that was never written
+        fill_value=float("nan") if np.dtype(dtype).kind == "f" else 0,
         overwrite=True,
         config={"write_empty_chunks": True},
     )
@@ -444,7 +449,7 @@ def _make(path: str, manifest: Manifest) -> None:
     """Lay out an empty store; the manifest comes last, so a killed creation is no store."""
     n, size, width = manifest.num_rows, manifest.shard_size, 1 + len(manifest.columns)
     inner = manifest.num_outputs, manifest.dim
-    group = zarr.open_group(_zarr_store(path, read_only=False), mode="a", zarr_format=3)
-    _make_array(path, "rows", (n, *inner), (_chunk_rows(size), *inner), manifest.dtype, (size, *inner))
-    _make_array(path, "columns", (n, width), (size, width), "float32")
+    group = open_group(path, "a")
+    make_array(path, "rows", (n, *inner), (_chunk_rows(size), *inner), manifest.dtype, (size, *inner))
+    make_array(path, "columns", (n, width), (size, width), "float32")
     group.attrs.update({_KEY: manifest.to_json()})
