@@ -1,0 +1,149 @@
+"""The measured bias of a mean field: its values against a few unbiased draws, with the sampling noise taken out.
+
+Let D_a = (mean of block a of draws) - (mean-field values), over sampled queries and all players. E[D_a] = -bias, and
+blocks are independent, so products of *different* blocks are free of noise:
+
+    |bias|^2 = E <D_a, D_b>,  a != b       while <D_a, D_a> holds the noise as well
+
+Their mean over pairs is an unbiased estimate; it is given relative to the square of the mean field's values. A
+jackknife over blocks gives its standard error, on the safe side where noise prevails. Draws see less than their own
+noise, since the noise of many players and queries averages out.
+
+A bias near zero cannot be proven zero: `upper` is what is excluded, `bias` what is seen.
+Source: docs/methods.md section 3; U-statistics and their jackknife are classical (Arvesen 1969).
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import t as student
+
+from llmattrib.errors import MethodError
+from llmattrib.estimators.mean_field import MeanFieldResult
+from llmattrib.estimators.moments import Moments
+from llmattrib.estimators.subset import Subset
+from llmattrib.games.kernel import KernelGame
+from llmattrib.games.memory import require_memory
+from llmattrib.rng import stream
+
+MIN_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far a mean field is from the truth, as far as draws can tell.
+
+    Attributes:
+        products: [k, k] <D_a, D_b> of the k blocks.
+        square: |values|^2 of the mean field.
+        num_draws: subsets solved.
+        num_queries: query features they were compared on.
+    """
+
+    products: Float[np.ndarray, "k k"]
+    square: float
+    num_draws: int
+    num_queries: int
+
+    def merge(self, other: "Certificate") -> "Certificate":
+        """Return the certificate of two games together (other responses or features), from the same number of draws."""
+        assert (self.num_draws, self.num_queries) == (other.num_draws, other.num_queries)
+        return Certificate(self.products + other.products, self.square + other.square, self.num_draws, self.num_queries)
+
+    @property
+    def bias(self) -> float:
+        """Root of |bias|^2, relative to the values; 0 where the noise exceeds what is seen."""
+        return self._relative(self._between())
+
+    @property
+    def standard_error(self) -> float:
+        """How far one standard error of |bias|^2 moves `bias` up."""
+        return self._relative(max(self._between(), 0.0) + self._spread()) - self.bias
+
+    @property
+    def upper(self) -> float:
+        """One-sided 95 % limit of the bias."""
+        reach = float(student.ppf(0.95, len(self.products) - 1)) * self._spread()
+        return self._relative(max(self._between(), 0.0) + reach)
+
+    @property
+    def noise(self) -> float:
+        """Standard error of the draws' own mean, relative: a plain difference would show the bias plus this."""
+        of_a_block = float(np.trace(self.products)) / len(self.products) - self._between()
+        return self._relative(of_a_block / len(self.products))
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Return what is stored and printed."""
+        return {
+            "bias": self.bias,
+            "standard_error": self.standard_error,
+            "upper": self.upper,
+            "noise": self.noise,
+            "num_draws": self.num_draws,
+            "num_queries": self.num_queries,
+        }
+
+    def _relative(self, square: float) -> float:
+        return float(np.sqrt(max(square, 0.0) / self.square)) if self.square else 0.0
+
+    def _between(self, without: int | None = None) -> float:
+        """Mean product of different blocks."""
+        kept = np.delete(np.delete(self.products, without, 0), without, 1) if without is not None else self.products
+        count = len(kept)
+        return float((kept.sum() - np.trace(kept)) / (count * (count - 1)))
+
+    def _spread(self) -> float:
+        """Jackknife standard error of `_between`."""
+        count = len(self.products)
+        leaves = np.array([self._between(block) for block in range(count)])
+        return float(np.sqrt((count - 1) * np.var(leaves)))
+
+
+def certify(
+    game: KernelGame, result: MeanFieldResult, queries: Float[np.ndarray, "m p"], estimator: Subset
+) -> Certificate:
+    """Measure the bias of a mean field.
+
+    Args:
+        game: the game it is of.
+        result: the mean field.
+        queries: phi of the queries to compare on; see `sample_queries`.
+        estimator: the draws; its semivalue must be the mean field's. At least 8, in 8 or more equal blocks of one
+            draw per stratum; the strata are chosen here, and draws that fill no block are left out.
+
+    Raises:
+        MethodError: too few draws, another semivalue, or it does not fit the memory.
+    """
+    if estimator.num_draws < MIN_BLOCKS:
+        raise MethodError(
+            f"a certificate of {estimator.num_draws} draws", expected=f"at least {MIN_BLOCKS}", fix="take 16 to 64"
+        )
+    if estimator.semivalue.name != result.semivalue:
+        raise MethodError(
+            f"draws for {estimator.semivalue.name} cannot check a mean field of {result.semivalue}",
+            expected="the same semivalue",
+        )
+    num_strata = estimator.num_draws // MIN_BLOCKS
+    num_blocks = estimator.num_draws // num_strata
+    shape = (len(queries), *game.responses.shape)
+    size = 8 * (num_blocks + 8) * int(np.prod(shape))
+    require_memory(size, "a certificate", "set reduce.certificate_draws to 0", estimator.max_bytes)
+    values = np.einsum("mp,ncp->mnc", queries, result.representers, optimize=True).astype(np.float64)
+    estimator = replace(estimator, num_draws=num_blocks * num_strata, num_strata=num_strata)
+    samples = estimator.samples(game, queries)
+    gaps = np.empty((num_blocks, values.size))
+    for gap in gaps:
+        gap[:] = (Moments.of(itertools.islice(samples, num_strata), shape).mean - values).ravel()
+    return Certificate(gaps @ gaps.T, float(np.sum(values**2)), estimator.num_draws, len(queries))
+
+
+def sample_queries(features: Float[np.ndarray, "n p"], num_queries: int, seed: int) -> Float[np.ndarray, "m p"]:
+    """Return training rows, and as many random combinations of all of them, scaled to the rows' mean square norm."""
+    rng = stream(seed, "certificate", "queries")
+    rows = features[np.sort(rng.choice(len(features), min(num_queries // 2, len(features)), replace=False))]
+    mixed = rng.standard_normal((num_queries - len(rows), len(features))) @ features
+    lengths = np.linalg.norm(mixed, axis=1, keepdims=True)
+    typical = np.sqrt(np.mean(np.sum(rows.astype(np.float64) ** 2, axis=1)))
+    return np.concatenate([rows, mixed * (typical / np.where(lengths > 0, lengths, 1))])
