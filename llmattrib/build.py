@@ -8,21 +8,20 @@ the job; committed shards are kept, and a rerun computes the others.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from llmattrib.config import RunConfig, config_to_yaml
 from llmattrib.data import Example, data_fingerprint, load_examples, save_examples
 from llmattrib.distributed import Ranks
 from llmattrib.encoding import Encoded, EncodedSet, encode_all, encoded_fingerprint, label_token_ids, length_batches
-from llmattrib.errors import DeviceMemoryError, ModelNotFoundError, NonFiniteGradientError, StoreNotFoundError
+from llmattrib.errors import ModelNotFoundError, NonFiniteGradientError, StoreNotFoundError, memory_errors
 from llmattrib.features.extract import COLUMNS, Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
 from llmattrib.lock import locked
@@ -206,8 +205,7 @@ def _prepare(config: RunConfig, extractor: Extractor, encoded: EncodedSet) -> li
     try:
         plan = SketchPlan.from_json(dict(RowStore.open(path).manifest.info["sketch_plan"]))
     except StoreNotFoundError:
-        with _device_memory(config, 1):
-            plan = _plan(config, extractor, encoded.encoded)
+        plan = _plan(config, extractor, encoded.encoded)
     store = RowStore.create(path, _manifest(config, extractor, encoded, plan))
     save_examples(encoded.examples, config.layout.examples)
     atomic_write(config.layout.config, config_to_yaml(resolved_config(config)).encode())
@@ -215,8 +213,9 @@ def _prepare(config: RunConfig, extractor: Extractor, encoded: EncodedSet) -> li
 
 
 def _plan(config: RunConfig, extractor: Extractor, encoded: Sequence[Encoded]) -> SketchPlan:
-    sketch = config.features.sketch
-    return extractor.plan(sketch.kind, config.seed, sketch.dim, calibration_batches(config, encoded))
+    sketch, sample = config.features.sketch, calibration_batches(config, encoded)
+    with _device_memory(config, max(map(len, sample))):
+        return extractor.plan(sketch.kind, config.seed, sketch.dim, sample)
 
 
 def _manifest(config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan: SketchPlan) -> Manifest:
@@ -320,22 +319,15 @@ def _not_finite(example: Example, loss: float) -> NonFiniteGradientError:
     )
 
 
-@contextmanager
-def _device_memory(config: RunConfig, num_examples: int) -> Iterator[None]:
-    """Turn an out-of-memory failure, on a GPU or the CPU, into an error that names the batch size to try."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        budget = config.features.tokens_per_batch
-        smaller = f"set features.tokens_per_batch={max(1, budget // 2)}"
-        shorter = (
-            "set data.max_length and data.overlong=truncate (the batch is one example already), or use a smaller dtype"
-        )
-        raise DeviceMemoryError(
-            f"a batch of {num_examples} examples does not fit in the memory of the device "
-            f"(features.tokens_per_batch is {budget})",
-            expected="room for the activations of one batch beside the model",
-            fix=f"{smaller if num_examples > 1 else shorter}; finished shards are kept",
-        ) from error
+def _device_memory(config: RunConfig, num_examples: int) -> AbstractContextManager[None]:
+    """Name the batch size to try when a batch of features does not fit."""
+    budget = config.features.tokens_per_batch
+    smaller = f"set features.tokens_per_batch={max(1, budget // 2)}"
+    shorter = (
+        "set data.max_length and data.overlong=truncate (the batch is one example already), or use a smaller dtype"
+    )
+    return memory_errors(
+        f"a batch of {num_examples} examples (features.tokens_per_batch is {budget})",
+        expected="room for the activations of one batch beside the model",
+        fix=f"{smaller if num_examples > 1 else shorter}; finished shards are kept",
+    )

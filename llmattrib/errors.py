@@ -15,7 +15,7 @@
     ├── FeatureError
     │   ├── SketchError             a sketch that does not fit the model or the memory
     │   ├── NonFiniteGradientError  NaN or inf in the gradient of a named example
-    │   └── DeviceMemoryError       the accelerator ran out of memory
+    │   └── DeviceMemoryError       the accelerator, or the machine, ran out of memory
     ├── StoreError
     │   ├── StoreNotFoundError      a stage was asked for before the one it needs
     │   ├── FingerprintMismatchError the store was made with other settings
@@ -29,7 +29,8 @@
 An error says what was found, what was expected and what to do. The command line prints it and exits with code 2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 
 def first_line(error: BaseException) -> str:
@@ -114,7 +115,7 @@ class NonFiniteGradientError(FeatureError):
 
 
 class DeviceMemoryError(FeatureError):
-    """The accelerator ran out of memory."""
+    """The accelerator, or the machine, ran out of memory."""
 
 
 class StoreError(LlmattribError):
@@ -165,3 +166,25 @@ class MethodError(LlmattribError):
 
 class StaleIndexError(LlmattribError):
     """An index or representers are older than what they were made from."""
+
+
+@contextmanager
+def memory_errors(what: str, *, expected: str, fix: str) -> Iterator[None]:
+    """Turn an out-of-memory failure of PyTorch, on a GPU or the CPU, into an error that says what to do.
+
+    Args:
+        what: what does not fit, e.g. "a batch of 8 examples".
+        expected: what there should be room for.
+        fix: what the user can do about it.
+
+    Raises:
+        DeviceMemoryError: the memory is full.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # known by its name: this module does not import torch
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        raise DeviceMemoryError(
+            f"{what} does not fit in the memory of the device", expected=expected, fix=fix
+        ) from error

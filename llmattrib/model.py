@@ -31,6 +31,7 @@ from llmattrib.errors import (
     OverlongExampleError,
     UnsupportedAdapterError,
     first_line,
+    memory_errors,
 )
 from llmattrib.rng import stream
 from llmattrib.weights import (
@@ -78,8 +79,6 @@ class LoadedModel:
         tokenizer: of the adapter's folder when it brings one, else of the base.
         device: where the parameters are.
         layers: the LoRA layers, in the order of the model.
-        rank: rank of the first layer.
-        scaling: scaling of the first layer.
         adapter_names: PEFT names, in the order the folders were given.
         max_length: context in tokens.
         fingerprint: what the numbers depend on: base_model, dtype, tokenizer, chat_template, lora, adapters (`none`
@@ -90,8 +89,6 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     layers: list[LoraLayer]
-    rank: int
-    scaling: float
     adapter_names: list[str]
     max_length: int
     fingerprint: dict[str, str] = field(default_factory=dict)
@@ -138,6 +135,7 @@ class LoadedModel:
 
         Raises:
             OverlongExampleError: a prompt and its answer may exceed the context.
+            DeviceMemoryError: they do not fit on the device.
         """
         room = self.max_length - max_new_tokens
         if prompts and max(map(len, prompts)) > room:
@@ -166,9 +164,14 @@ class LoadedModel:
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops or None, pad_token_id=self.pad_id
         )
-        tokens = self.model.generate(  # type: ignore[no-untyped-call]
-            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings
-        )
+        with memory_errors(
+            f"answering {len(prompts)} prompts at once",
+            expected="room for the model and the cache of its answers",
+            fix="ask fewer prompts at a time, or lower query.max_new_tokens",
+        ):
+            tokens = self.model.generate(  # type: ignore[no-untyped-call]
+                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings
+            )
         answers = []
         for row in tokens[:, width:].tolist():
             end = next((place for place, token in enumerate(row) if token in stops), len(row))
@@ -199,17 +202,11 @@ def load_model(
         UnsupportedAdapterError: an adapter is not plain LoRA.
         TokenizerMismatchError: the tokenizer has tokens the model has no embedding for.
         ConfigError: `config.lora` does not fit the model.
+        DeviceMemoryError: the model does not fit on the device.
     """
-    folder = resolve_base(config.name, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    base_print = weights_fingerprint(folder)
     names = ["default"] if len(adapters) < 2 else [f"adapter{number}" for number in range(len(adapters))]
     paths = [Path(adapter).expanduser() for adapter in adapters]
-    for path in paths:
-        check_adapter(path, config.name, base_print)
-    tokenizer = load_tokenizer(folder, paths, trust_remote_code=config.trust_remote_code)
-    context = context_length(folder, tokenizer, trust_remote_code=config.trust_remote_code)
-    base = _load_base(config, folder, dtype or config.dtype, resolve_device(device or config.device))
-    check_tokenizer(tokenizer, int(base.get_input_embeddings().num_embeddings))
+    base, tokenizer, context, fingerprint = _open_base(config, dtype or config.dtype, device, paths)
     if paths:
         check_shapes(paths, base)
         with _peft_quiet():
@@ -221,7 +218,6 @@ def load_model(
     loaded = _loaded(model, tokenizer, names, context)
     _only_trainable(model, [])
     model.eval()
-    fingerprint = tokenizer_fingerprint(tokenizer) | {"base_model": base_print, "dtype": dtype or config.dtype}
     weights = "+".join(file_digest(path / ADAPTER_WEIGHTS)[:32] for path in paths)
     loaded.fingerprint = fingerprint | {"lora": _lora_fingerprint(loaded), "adapters": weights or "none"}
     return loaded
@@ -239,11 +235,7 @@ def prepare_trainable(config: ModelConfig, dtype: str, seed: int, device: str | 
     Raises:
         ModelError, ConfigError: as `load_model`.
     """
-    folder = resolve_base(config.name, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
-    context = context_length(folder, tokenizer, trust_remote_code=config.trust_remote_code)
-    base = _load_base(config, folder, dtype, resolve_device(device or config.device))
-    check_tokenizer(tokenizer, int(base.get_input_embeddings().num_embeddings))
+    base, tokenizer, context, fingerprint = _open_base(config, dtype, device)
     loaded = _loaded(_fresh(base, config, seed), tokenizer, ["default"], context)
     factors = [factor for layer in loaded.layers for factor in layer.factors("default")[:2]]
     _only_trainable(loaded.model, factors)
@@ -251,12 +243,7 @@ def prepare_trainable(config: ModelConfig, dtype: str, seed: int, device: str | 
     for module in loaded.model.modules():  # the base model's own dropout stays off
         if isinstance(module, PeftLoraLayer):
             module.lora_dropout.train()
-    loaded.fingerprint = tokenizer_fingerprint(tokenizer) | {
-        "base_model": weights_fingerprint(folder),
-        "dtype": dtype,
-        "lora": _lora_fingerprint(loaded),
-        "adapters": "none",
-    }
+    loaded.fingerprint = fingerprint | {"lora": _lora_fingerprint(loaded), "adapters": "none"}
     return loaded
 
 
@@ -305,6 +292,21 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def _open_base(
+    config: ModelConfig, dtype: str, device: str | None, adapters: Sequence[Path] = ()
+) -> tuple[Any, PreTrainedTokenizerBase, int, dict[str, str]]:
+    """Check the adapters' folders; return base model, tokenizer, context and their part of the fingerprint."""
+    folder = resolve_base(config.name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    base_print = weights_fingerprint(folder)
+    for path in adapters:
+        check_adapter(path, config.name, base_print)
+    tokenizer = load_tokenizer(folder, adapters, trust_remote_code=config.trust_remote_code)
+    context = context_length(folder, tokenizer, trust_remote_code=config.trust_remote_code)
+    base = _load_base(config, folder, dtype, resolve_device(device or config.device))
+    check_tokenizer(tokenizer, int(base.get_input_embeddings().num_embeddings))
+    return base, tokenizer, context, tokenizer_fingerprint(tokenizer) | {"base_model": base_print, "dtype": dtype}
+
+
 def _load_base(config: ModelConfig, folder: Path, dtype: str, device: torch.device) -> Any:
     try:
         with quiet_loading():
@@ -335,7 +337,8 @@ def _load_base(config: ModelConfig, folder: Path, dtype: str, device: torch.devi
         eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id
     )
     if getattr(model, "quantization_method", None) is None:
-        model.to(device)
+        with memory_errors(config.name, expected="room for its weights", fix="take a smaller dtype or a larger device"):
+            model.to(device)
     return model
 
 
@@ -417,10 +420,8 @@ def lora_layers(model: peft.PeftModel, adapter: str) -> list[LoraLayer]:
 
 
 def _loaded(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, names: list[str], context: int) -> LoadedModel:
-    layers = lora_layers(model, names[0])
-    a, _, scaling = layers[0].factors(names[0])
     device = next(model.parameters()).device
-    return LoadedModel(model, tokenizer, device, layers, a.shape[0], scaling, names, context)
+    return LoadedModel(model, tokenizer, device, lora_layers(model, names[0]), names, context)
 
 
 def _only_trainable(model: nn.Module, trainable: Sequence[Tensor]) -> None:

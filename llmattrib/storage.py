@@ -196,8 +196,16 @@ def remove_partial(folder: str) -> None:
                 Path(entry.path).unlink(missing_ok=True)
 
 
-def require_space(path: str, num_bytes: int) -> None:
+SMALLER_ROWS = "free space, set run_dir on a larger disk, or make rows smaller (features.sketch.dim, dtype float16)"
+
+
+def require_space(path: str, num_bytes: int, fix: str = SMALLER_ROWS) -> None:
     """Check that `num_bytes` more would fit where `path` lies; object stores are taken as endless.
+
+    Args:
+        path: local path or fsspec URL; it need not exist.
+        num_bytes: what is to be written.
+        fix: what the user can do.
 
     Raises:
         DiskSpaceError: they would not.
@@ -212,6 +220,6 @@ def require_space(path: str, num_bytes: int) -> None:
     if num_bytes > free:
         raise DiskSpaceError(
             f"{path} needs {num_bytes / 1e9:,.2f} GB more and {free / 1e9:,.2f} GB are free",
-            expected="enough space for the whole store before its first row is computed",
-            fix="free space, set run_dir on a larger disk, or make rows smaller (features.sketch.dim, dtype float16)",
+            expected="enough space for all of it before work on it begins",
+            fix=fix,
         )

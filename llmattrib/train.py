@@ -10,25 +10,26 @@ trained with: an equal run reuses it, another one is refused.
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from llmattrib.adapters import RECORD
 from llmattrib.config import RunConfig
 from llmattrib.data import data_fingerprint, load_examples
 from llmattrib.encoding import Encoded, EncodedSet, collate, encode_all, encoded_fingerprint
-from llmattrib.errors import ConfigError, FingerprintMismatchError, NonFiniteGradientError
+from llmattrib.errors import ConfigError, FingerprintMismatchError, NonFiniteGradientError, memory_errors
 from llmattrib.forward import completion_logits
 from llmattrib.model import LoadedModel, prepare_trainable, resolve_device, save_adapter
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
+from llmattrib.storage import atomic_write, named_errors, require_space
 from llmattrib.weights import (
     context_length,
     load_tokenizer,
@@ -82,6 +83,8 @@ def train_adapter(config: RunConfig, progress: Progress = silent) -> TrainResult
         ConfigError: the run names adapters of its own, or its run_dir is not local.
         FingerprintMismatchError: there is an adapter of another run.
         NonFiniteGradientError: a gradient is NaN or infinite.
+        DeviceMemoryError: a batch does not fit on the device.
+        DiskSpaceError, StoreError: the adapter cannot be written.
         DataError, ModelError: the data or the model cannot be used.
     """
     started = time.perf_counter()
@@ -159,6 +162,7 @@ def _train(
     dtype = training_dtype(config.train.dtype, device)
     loaded = prepare_trainable(config.model, dtype, config.seed, str(device))
     factors = _named_factors(loaded)
+    _require_space(target, factors)
     optimizer = torch.optim.AdamW(
         factors.values(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay
     )
@@ -174,9 +178,7 @@ def _train(
         "losses": losses,
         "dtype": dtype,
     }
-    with new_folder(target) as folder:
-        save_adapter(loaded, folder, config.model.name)
-        (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    _save(loaded, target, config.model.name, record)
     state_file.unlink(missing_ok=True)
     return record
 
@@ -201,7 +203,7 @@ def _epoch(
         rate = settings.learning_rate * learning_rate_factor(step, settings.epochs * num_batches, settings.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with _dropout_stream(config, step):
+        with _dropout_stream(config, step), _device_memory(settings.batch_size, len(rows)):
             loss, tokens = _backward(loaded, [encoded[row] for row in rows])
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -231,6 +233,19 @@ def _backward(loaded: LoadedModel, examples: Sequence[Encoded]) -> tuple[float, 
             if parameter.grad is not None:
                 parameter.grad /= scale
     return loss.item(), len(target)
+
+
+def _device_memory(batch_size: int, num_examples: int) -> AbstractContextManager[None]:
+    """Name the batch size to try when a batch does not fit."""
+    smaller = f"set train.batch_size={max(1, batch_size // 2)}"
+    shorter = (
+        "set data.max_length and data.overlong=truncate (the batch is one example already), or train.dtype=bfloat16"
+    )
+    return memory_errors(
+        f"a batch of {num_examples} examples (train.batch_size is {batch_size})",
+        expected="room for the activations of one batch beside the model",
+        fix=smaller if num_examples > 1 else shorter,
+    )
 
 
 def training_dtype(dtype: str, device: torch.device) -> str:
@@ -276,6 +291,22 @@ def _named_factors(loaded: LoadedModel) -> dict[str, Tensor]:
     return named
 
 
+def _require_space(target: Path, factors: Mapping[str, Tensor]) -> None:
+    """Check that the adapter and the state of an unfinished run would fit, before a step is taken."""
+    num_bytes = (1 + len(_STATE)) * sum(factor.numel() * factor.element_size() for factor in factors.values())
+    require_space(str(target), num_bytes, "free space, set run_dir on a larger disk, or lower model.lora.rank")
+
+
+def _save(loaded: LoadedModel, target: Path, base_name: str, record: Mapping[str, Any]) -> None:
+    """Write the adapter and its record, whole or not at all."""
+    with named_errors(str(target)), new_folder(target) as folder:
+        try:
+            save_adapter(loaded, folder, base_name)
+        except SafetensorError as error:  # what it says of a full disk
+            raise OSError(str(error)) from error
+        (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _save_state(
     path: Path,
     factors: Mapping[str, Tensor],
@@ -291,10 +322,7 @@ def _save_state(
         tensors |= {f"{name}.{kind}": value.detach().cpu() for kind, value in zip(_STATE, values, strict=True)}
         steps = float(moments["step"])
     state = {"fingerprint": dict(fingerprint), "losses": list(losses), "steps": steps}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, {"state": json.dumps(state)})
-    temporary.replace(path)
+    atomic_write(str(path), save(tensors, {"state": json.dumps(state)}))
 
 
 @torch.no_grad()

@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from llmattrib.config import digest
-from llmattrib.errors import DiskSpaceError, ModelNotFoundError, TokenizerMismatchError, first_line
+from llmattrib.errors import ModelNotFoundError, TokenizerMismatchError, first_line
+from llmattrib.storage import named_errors, require_space
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
 _CONVERSION = "1"  # raise when the conversion changes, so that old copies are not read
@@ -81,13 +82,14 @@ def converted_gguf(path: Path) -> Path:
     Raises:
         ModelNotFoundError: transformers cannot read the file, or the `gguf` package is missing.
         DiskSpaceError: the copy would not fit.
+        StoreError: the cache cannot be written.
     """
     target = cache_dir() / "gguf" / f"{file_digest(path)[:32]}-{_CONVERSION}"
     if target.is_dir():
         return target
     if importlib.util.find_spec("gguf") is None:
         raise ModelNotFoundError(f"{path} needs the package gguf", fix="pip install gguf")
-    with new_folder(target) as temporary, quiet_loading():
+    with named_errors(str(target)), new_folder(target) as temporary, quiet_loading():
         try:
             quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -95,7 +97,8 @@ def converted_gguf(path: Path) -> Path:
             raise ModelNotFoundError(
                 f"transformers cannot read {path}: {error}", expected="a GGUF file of a supported architecture"
             ) from error
-        check_space(temporary, 4 * sum(parameter.numel() for parameter in quantised.parameters()))
+        num_bytes = 4 * sum(parameter.numel() for parameter in quantised.parameters())
+        require_space(str(temporary), num_bytes, "free some space, or set LLMATTRIB_CACHE to a larger disk")
         # The model calls itself quantised and refuses to be saved; a plain one with the same numbers does not.
         config = quantised.config
         del config.quantization_config
@@ -177,7 +180,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ModelNotFoundError(
@@ -200,7 +203,7 @@ def weights_fingerprint(folder: Path) -> str:
 
     Of each file: size, header, the first 4 KB of every tensor, and 64 evenly spaced blocks of 4 KB.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     state = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True).encode())
     for path in weight_files(folder):
         size = path.stat().st_size
@@ -223,17 +226,6 @@ def file_digest(path: Path) -> str:
     """Return the sha256 (hex) of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_space(folder: Path, num_bytes: int) -> None:
-    """Raise DiskSpaceError when `num_bytes` would not fit on the disk of `folder`."""
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise DiskSpaceError(
-            f"{folder} has {free / 2**30:.1f} GB free",
-            expected=f"{num_bytes / 2**30:.1f} GB",
-            fix="free some space, or set LLMATTRIB_CACHE to a larger disk",
-        )
 
 
 @contextmanager

@@ -274,6 +274,16 @@ def test_running_out_of_memory_names_the_batch_size_to_try(run, monkeypatch, fai
     assert not Path(run.layout.features + ".lock").exists()
 
 
+def test_running_out_of_memory_while_the_sketch_is_planned_names_the_batch_size_too(run, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(Extractor, "_differentiate", fail)
+    with pytest.raises(DeviceMemoryError, match=r"a batch of 4 examples[\s\S]*set features\.tokens_per_batch=128"):
+        build_features(run)
+    assert not Path(run.layout.features).exists()
+
+
 def test_other_runtime_errors_pass(run, monkeypatch):
     def extract(*_):
         raise RuntimeError("a bug")

@@ -16,7 +16,13 @@ from transformers import AutoModelForCausalLM
 from llmattrib.config import DataConfig, LoraConfig, ModelConfig
 from llmattrib.data import user_message
 from llmattrib.encoding import encode_prompt
-from llmattrib.errors import ConfigError, ModelNotFoundError, OverlongExampleError, TokenizerMismatchError
+from llmattrib.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    ModelNotFoundError,
+    OverlongExampleError,
+    TokenizerMismatchError,
+)
 from llmattrib.errors import UnsupportedAdapterError as Unsupported
 from llmattrib.model import LoadedModel, load_model, lora_a_init, prepare_trainable, resolve_device, save_adapter
 from llmattrib.rng import stream
@@ -55,13 +61,19 @@ def merged_logits(path: str, adapter: str, scaling: float) -> torch.Tensor:
     return logits_of(model)
 
 
+def shape_of(loaded: LoadedModel) -> tuple[int, float]:
+    """Return rank and scaling of the first layer."""
+    a, _, scaling = loaded.layers[0].factors(loaded.adapter_names[0])
+    return a.shape[0], scaling
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_is_added_to_the_base(tmp_path: Path, family: str) -> None:
     base = tiny_model_dir(tmp_path, family)
     adapter = tiny_adapter_dir(tmp_path, base, rank=3, alpha=6.0)
     loaded = load_model(config_of(base), adapters=[adapter])
     torch.testing.assert_close(logits_of(loaded.model), merged_logits(base, adapter, 2.0), rtol=1e-4, atol=1e-4)
-    assert (loaded.rank, loaded.scaling, loaded.adapter_names) == (3, 2.0, ["default"])
+    assert (shape_of(loaded), loaded.adapter_names) == ((3, 2.0), ["default"])
     assert (loaded.max_length, loaded.device.type, loaded.pad_id) == (CONTEXT, "cpu", 0)
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
@@ -98,10 +110,10 @@ def test_rank_alpha_and_rslora(tmp_path: Path, rank: int, alpha: float, rslora: 
     base = tiny_model_dir(tmp_path)
     adapter = tiny_adapter_dir(tmp_path, base, rank=rank, alpha=alpha, use_rslora=rslora)
     loaded = load_model(config_of(base), adapters=[adapter])
-    assert (loaded.rank, loaded.scaling) == (rank, scaling)
+    assert shape_of(loaded) == (rank, scaling)
     torch.testing.assert_close(logits_of(loaded.model), merged_logits(base, adapter, scaling), rtol=1e-4, atol=1e-4)
     fresh = load_model(config_of(base, lora=LoraConfig(rank=rank, alpha=alpha, use_rslora=rslora)))
-    assert (fresh.rank, fresh.scaling) == (rank, scaling)
+    assert shape_of(fresh) == (rank, scaling)
     assert fresh.fingerprint["lora"] == loaded.fingerprint["lora"]
 
 
@@ -335,6 +347,25 @@ def test_prompts_that_leave_no_room(tmp_path: Path) -> None:
         loaded.generate([[5] * (CONTEXT - 2)], 3)
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")]
+)
+def test_a_full_device_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    base = tiny_model_dir(tmp_path)
+    loaded = load_model(config_of(base))
+    monkeypatch.setattr(type(loaded.model), "generate", fail)
+    with pytest.raises(
+        DeviceMemoryError, match=r"(?s)answering 2 prompts at once does not fit.*fewer prompts at a time"
+    ):
+        loaded.generate([[5], [6]], 3)
+    monkeypatch.setattr(torch.nn.Module, "to", fail)
+    with pytest.raises(DeviceMemoryError, match=r"(?s)llama-0 does not fit.*a smaller dtype or a larger device"):
+        load_model(config_of(base))
+
+
 def test_prepare_trainable(tmp_path: Path) -> None:
     config = config_of(tiny_model_dir(tmp_path), lora=LoraConfig(rank=3, dropout=0.2))
     loaded = prepare_trainable(config, "bfloat16", seed=7)
@@ -376,7 +407,7 @@ def test_smollm2_from_its_package() -> None:
     start = time.process_time()
     loaded = load_model(config_of(SMOLLM2, lora=LoraConfig(layers="15-29")))
     assert time.process_time() - start < 15  # the conversion takes longer
-    assert (len(loaded.layers), loaded.rank, loaded.max_length) == (105, 8, 8192)
+    assert (len(loaded.layers), shape_of(loaded)[0], loaded.max_length) == (105, 8, 8192)
     assert loaded.tokenizer.chat_template
     data = DataConfig(train="unused.jsonl", system="You are terse.")
     prompt = encode_prompt(user_message("What is the capital of France?"), loaded.tokenizer, data)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import resource
 import shutil
 import warnings
 from pathlib import Path
@@ -16,7 +17,15 @@ from transformers import AutoModelForCausalLM
 from llmattrib.config import RunConfig, validate_config
 from llmattrib.data import load_examples
 from llmattrib.encoding import Encoded, encode_all
-from llmattrib.errors import ConfigError, EmptyDatasetError, FingerprintMismatchError, NonFiniteGradientError
+from llmattrib.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    DiskSpaceError,
+    EmptyDatasetError,
+    FingerprintMismatchError,
+    NonFiniteGradientError,
+    StoreError,
+)
 from llmattrib.model import load_model, prepare_trainable
 from llmattrib.rng import stream
 from llmattrib.train import learning_rate_factor, train_adapter, training_dtype
@@ -277,6 +286,50 @@ def test_skipped_and_truncated_examples_are_counted(tmp_path: Path) -> None:
     assert (skipped.num_examples, skipped.num_skipped, skipped.num_truncated) == (12 - over, over, 0)
     cut = train_adapter(tiny_run(tmp_path / "b", data={"max_length": limit, "overlong": "truncate"}))
     assert (cut.num_examples, cut.num_skipped, cut.num_truncated) == (12, 0, over)
+
+
+@pytest.mark.parametrize(("batch_size", "advice"), [(5, r"set train\.batch_size=2"), (1, "is one example already")])
+def test_running_out_of_memory_names_the_batch_size_to_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, advice: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    config = tiny_run(tmp_path, num_rows=6, train={"batch_size": batch_size})
+    monkeypatch.setattr("llmattrib.train.completion_logits", fail)
+    message = rf"(?s)a batch of {batch_size} examples \(train\.batch_size is {batch_size}\) does not fit.*{advice}"
+    with pytest.raises(DeviceMemoryError, match=message):
+        train_adapter(config)
+
+
+def test_a_disk_without_room_is_found_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_run(tmp_path, num_rows=6)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(DiskSpaceError, match=r"(?s)adapter needs .* GB more.*lower model\.lora\.rank"):
+        train_adapter(config, lambda done, total: pytest.fail("a step was taken"))
+
+
+@pytest.mark.parametrize(("epochs", "error"), [(1, StoreError), (2, DiskSpaceError)])
+def test_a_disk_that_fills_up_leaves_no_part_of_an_adapter(tmp_path: Path, epochs: int, error: type[Exception]) -> None:
+    """With one epoch the adapter is the first file that does not fit, with two the state."""
+    config = tiny_run(tmp_path, num_rows=6, train={"epochs": epochs})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(error, match=r"adapter.* could not be .*written"):
+            train_adapter(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(Path(config.run_dir).iterdir()) == []
+    assert not train_adapter(config).reused
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = tiny_run(tmp_path, num_rows=6).model_copy(update={"run_dir": str(tmp_path / "file" / "below")})
+    with pytest.raises(StoreError, match=r"(?s)below/adapter.*could not be read or written.*check the path"):
+        train_adapter(config)
 
 
 def test_the_adapter_is_plain_peft(tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmattrib.errors import DiskSpaceError, ModelNotFoundError, TokenizerMismatchError
+from llmattrib.errors import DiskSpaceError, ModelNotFoundError, StoreError, TokenizerMismatchError
 from llmattrib.weights import (
     cache_dir,
-    check_space,
     check_tokenizer,
     context_length,
     load_tokenizer,
@@ -157,6 +156,11 @@ def test_names_that_lead_nowhere(name: str, message: str) -> None:
 def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
         resolve_base(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelNotFoundError, match=r"config\.json is not JSON"):
+        weights_fingerprint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ModelNotFoundError, match=r"(?s)has no safetensors weights.*pickled weights are not read"):
@@ -245,10 +249,18 @@ def test_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["target"]
 
 
-def test_disk_space(tmp_path: Path) -> None:
-    check_space(tmp_path, 1)
-    with pytest.raises(DiskSpaceError, match=r"(?s)GB free.*LLMATTRIB_CACHE"):
-        check_space(tmp_path, 2**60)
+def test_a_copy_that_would_not_fit_or_may_not_be_written(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(DiskSpaceError, match=r"(?s)GB are free.*LLMATTRIB_CACHE"):
+        resolve_base(str(tmp_path / "tiny.gguf"))
+    assert list((cache / "gguf").iterdir()) == []
+    monkeypatch.setenv("LLMATTRIB_CACHE", str(tmp_path / "tiny.gguf"))
+    with pytest.raises(StoreError, match=r"(?s)could not be read or written.*check the path"):
+        resolve_base(str(tmp_path / "tiny.gguf"))
 
 
 def test_read_json(tmp_path: Path) -> None:
