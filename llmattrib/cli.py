@@ -163,7 +163,8 @@ def _reduce(run: "RunConfig", quiet: bool) -> bool:
             error = "" if result.sum_rule_error is None else f", sum-rule error {result.sum_rule_error:.1e}"
             ridge = "" if result.ridge is None else f", ridge {result.ridge:g}"
             verb = _verb(result.is_reused)
-            _say(quiet, f"{verb} {result.path}: {result.method}{ridge}{error}, {result.seconds:.1f} s")
+            bias = "" if result.certificate is None else f", {result.certificate}"
+            _say(quiet, f"{verb} {result.path}: {result.method}{ridge}{error}{bias}, {result.seconds:.1f} s")
             _say(quiet, *(f"  {note}" for note in result.notes))
     return team.is_main
 

@@ -129,6 +129,7 @@ class ReduceConfig(Section):
     `ridge` is in units of the mean squared feature norm; `loo` chooses it by closed-form leave-one-out error.
     `form` is how Shapley values are taken from the mean field: `pairs` is the most exact, `total_gradient` 2-5
     times quicker, `cavity` needs no n x n system but misses the sum rule; `auto` is pairs up to 2,048 examples.
+    `certificate_draws` random subsets (8 or more; 0 for none) measure the bias of the mean field.
     """
 
     methods: tuple[Method, ...] = METHODS
@@ -138,12 +139,15 @@ class ReduceConfig(Section):
     response: Literal["auto", "labels", "unit", "residual"] = "auto"
     form: Literal["auto", "pairs", "total_gradient", "cavity"] = "auto"
     sum_rule_tolerance: float = Field(1e-3, gt=0)
+    certificate_draws: int = Field(32, ge=0)
     dtype: Literal["float16", "float32"] = "float32"
 
     @model_validator(mode="after")
     def _has_methods(self) -> "ReduceConfig":
         if not self.methods:
             raise ValueError("methods is empty")
+        if 0 < self.certificate_draws < 8:
+            raise ValueError("certificate_draws is below 8; take 16 to 64, or 0 for no certificate")
         return self
 
 

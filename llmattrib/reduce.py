@@ -30,7 +30,9 @@ from llmattrib import storage
 from llmattrib.config import Method, ReduceConfig, RunConfig, digest
 from llmattrib.distributed import Ranks
 from llmattrib.errors import MethodError, StoreNotFoundError
+from llmattrib.estimators.certificate import Certificate, MeasuredBias, certify, sample_queries
 from llmattrib.estimators.mean_field import LARGE, Form, MeanField
+from llmattrib.estimators.subset import Subset
 from llmattrib.games.kernel import LOO_GRID, FeatureRows, KernelGame
 from llmattrib.lock import locked
 from llmattrib.progress import Progress, silent
@@ -40,6 +42,8 @@ from llmattrib.store import Manifest, RowStore
 Response = Literal["labels", "unit", "residual"]
 MADE_BY = "llmattrib reduce"
 _STEPS = 100  # of progress, for each method
+_CERTIFICATE_QUERIES = 32
+_NOTED_BIAS = 0.05
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class ReduceResult:
         num_examples: rows in it.
         ridge: in units of the mean squared feature norm; None where there is none.
         sum_rule_error: of Shapley values, relative to the full model; None for other methods.
+        certificate: measured bias of Shapley values; None for other methods or without draws.
         loo_curve: (ridge, mean squared leave-one-out error) where the ridge was chosen by it.
         is_reused: whether an equal store was there.
         seconds: from start to end.
@@ -63,6 +68,7 @@ class ReduceResult:
     num_examples: int
     ridge: float | None
     sum_rule_error: float | None
+    certificate: MeasuredBias | None
     loo_curve: tuple[tuple[float, float], ...]
     is_reused: bool
     seconds: float
@@ -81,6 +87,7 @@ class Settings:
     response: Response | None
     form: Form | None
     sum_rule_tolerance: float | None
+    certificate_draws: int | None
 
 
 def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool, num_rows: int) -> Settings:
@@ -121,6 +128,7 @@ def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool,
         response=response,
         form=form if is_shapley else None,
         sum_rule_tolerance=config.sum_rule_tolerance if is_shapley else None,
+        certificate_draws=config.certificate_draws if is_shapley else None,
     )
 
 
@@ -217,10 +225,14 @@ def reduce_run(config: RunConfig, ranks: Ranks | None = None, progress: Progress
         DiskSpaceError: the representers would not fit on the disk.
     """
     trees = (ranks or Ranks()).on_main(lambda: _reduce(config, progress))
-    return [
-        ReduceResult(**{**tree, "loo_curve": tuple(map(tuple, tree["loo_curve"])), "notes": tuple(tree["notes"])})
-        for tree in trees
-    ]
+    return [_from_tree(tree) for tree in trees]
+
+
+def _from_tree(tree: dict[str, Any]) -> ReduceResult:
+    """Undo what JSON does to a result."""
+    certificate = None if tree["certificate"] is None else MeasuredBias(**tree["certificate"])
+    curve = tuple(map(tuple, tree["loo_curve"]))
+    return ReduceResult(**{**tree, "certificate": certificate, "loo_curve": curve, "notes": tuple(tree["notes"])})
 
 
 def _reduce(config: RunConfig, progress: Progress) -> list[dict[str, Any]]:
@@ -261,6 +273,7 @@ def _reduce_method(path: str, settings: Settings, reader: _Reader, progress: Pro
         "num_examples": reader.manifest.num_rows,
         "ridge": info["ridge"],
         "sum_rule_error": info.get("sum_rule_error"),
+        "certificate": info.get("certificate"),
         "loo_curve": info["loo_curve"],
         "is_reused": stored is not None,
         "seconds": time.perf_counter() - started,
@@ -357,6 +370,7 @@ def _shapley(
     estimator = MeanField(form=settings.form, tolerance=settings.sum_rule_tolerance)
     num_outputs, size, num_rows = reader.manifest.num_outputs, reader.manifest.shard_size, reader.manifest.num_rows
     spaces, results = [], []
+    certificate: Certificate | None = None
     for output in range(num_outputs):
 
         def report(done: int, total: int, before: int = output) -> None:
@@ -368,9 +382,16 @@ def _shapley(
         game = KernelGame(space.coordinates, reader.responses(settings.response, output), lam)
         results.append(estimator.init(game, report))
         spaces.append(space)
-    notes = [
-        note if num_outputs == 1 else f"class {c}: {note}" for c, result in enumerate(results) for note in result.notes
-    ]
+        if settings.certificate_draws:
+            queries = sample_queries(space.coordinates, _CERTIFICATE_QUERIES, seed=0)
+            found = certify(game, results[-1], queries, Subset(num_draws=settings.certificate_draws))
+            certificate = found if certificate is None else certificate.merge(found)
+    prefix = ["" if num_outputs == 1 else f"class {output}: " for output in range(num_outputs)]
+    notes = [prefix[output] + note for output, result in enumerate(results) for note in result.notes]
+
+    measured = None if certificate is None else certificate.summary()
+    if measured is not None and measured.bias > max(_NOTED_BIAS, 2 * measured.standard_error):
+        notes.append(f"the mean field is off: {measured}; take a larger ridge, or reduce.form=pairs")
 
     def representers() -> Iterator[tuple[int, Float[np.ndarray, "m c p"]]]:
         for start in range(0, num_rows, size):
@@ -382,6 +403,7 @@ def _shapley(
 
     return {
         "sum_rule_error": max(result.sum_rule_error or 0.0 for result in results),
+        "certificate": None if measured is None else dataclasses.asdict(measured),
         "num_nodes": max(result.num_nodes for result in results),
         "num_groups": [result.num_groups for result in results],
         "precision": results[0].precision,

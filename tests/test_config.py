@@ -78,6 +78,7 @@ def test_every_shipped_config_is_accepted(path: Path) -> None:
         ("features.sketch.dim=0", r"features\.sketch\.dim: Input should be greater than 0"),
         ("features.output=margin", r"features\.output=margin needs two or more data\.label_words"),
         ("reduce.methods=[]", r"methods is empty"),
+        ("reduce.certificate_draws=7", r"certificate_draws is below 8; take 16 to 64"),
         ("reduce.methods=[shapely]", r"reduce\.methods\.0: Input should be 'shapley'"),
         ("reduce.ridge=-1", r"reduce\.ridge"),
         ("model.lora.layers=first", r"model\.lora\.layers: String should match pattern"),

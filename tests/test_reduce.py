@@ -10,7 +10,9 @@ from test_distributed import launch
 from llmattrib import reduce as reduce_module
 from llmattrib.config import ReduceConfig, RunConfig, config_to_yaml, validate_config
 from llmattrib.errors import IncompleteStoreError, MethodError, StoreLockedError, StoreNotFoundError
+from llmattrib.estimators.certificate import certify, sample_queries
 from llmattrib.estimators.mean_field import MeanField
+from llmattrib.estimators.subset import Subset
 from llmattrib.games.kernel import LOO_GRID, KernelGame, mean_square
 from llmattrib.lock import locked
 from llmattrib.reduce import reduce_run, resolve
@@ -200,6 +202,35 @@ def test_notes_of_a_class_name_it(tmp_path):
     write_features(config, draw(20, 5, c=3), output="logits")
     (result,) = reduce_run(config)
     assert any(note.startswith("class 2: the cavity form does not keep the sum rule") for note in result.notes)
+
+
+def test_bias_of_the_mean_field_is_measured_and_kept(tmp_path):
+    config = make_run(tmp_path, methods=["shapley", "influence"], normalize=False, center=False)
+    phi = draw(30, 6)
+    write_features(config, phi)
+    results = reduce_run(config)
+    found = results[0].certificate
+    assert (found.num_draws, found.num_queries) == (32, 32)
+    game = KernelGame.relative(phi[:, 0].astype(np.float64), np.ones((30, 1)), 0.1)
+    queries = sample_queries(game.features, 32, 0)
+    expected = certify(game, MeanField().init(game), queries, Subset(num_draws=32)).summary()
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(expected), rel=1e-3, abs=1e-6)
+    assert 0 <= found.bias <= found.upper < 0.5
+    assert results[1].certificate is None
+    assert representers(config, "shapley")[0].manifest.info["certificate"] == dataclasses.asdict(found)
+    assert reduce_run(config)[0].certificate == found
+    (without,) = reduce_run(make_run(tmp_path, methods=["shapley"], certificate_draws=0))
+    assert without.certificate is None
+
+
+def test_classes_share_a_certificate_and_a_large_bias_is_noted(tmp_path):
+    """The cavity form of few dimensions is far off."""
+    settings = {"words": ("a", "b", "c"), "methods": ["shapley"], "ridge": 0.01, "form": "cavity"}
+    config = make_run(tmp_path, **settings, certificate_draws=200)
+    write_features(config, draw(12, 2, c=3), output="logits")
+    (result,) = reduce_run(config)
+    assert result.certificate.bias > max(0.05, 2 * result.certificate.standard_error)
+    assert f"the mean field is off: {result.certificate}" in result.notes[-1]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -184,9 +184,8 @@ def test_certificate_is_a_few_products():
     assert certificate.standard_error == pytest.approx(0)
     both = certificate.merge(Certificate(-products, 300.0, 12, 5))
     assert (both.square, both.bias) == (400.0, 0.0)
-    assert certificate.to_dict() == pytest.approx(
-        {"bias": 0.2, "standard_error": 0, "upper": 0.2, "noise": 0.3 / math.sqrt(3), "num_draws": 12, "num_queries": 5}
-    )
+    assert dataclasses.astuple(certificate.summary()) == pytest.approx((0.2, 0, 0.2, 0.3 / math.sqrt(3), 12, 5))
+    assert str(certificate.summary()) == "bias 20.0% +- 0.0% (12 draws)"
     assert Certificate(products * 0, 0.0, 12, 5).upper == 0
 
 

@@ -32,6 +32,30 @@ MIN_BLOCKS = 8
 
 
 @dataclass(frozen=True)
+class MeasuredBias:
+    """The numbers of a `Certificate`, all relative to the size of the values.
+
+    Attributes:
+        bias: what is seen; 0 where the noise exceeds it.
+        standard_error: how far one standard error of |bias|^2 moves `bias` up.
+        upper: what is excluded with 95 % confidence.
+        noise: standard error of the draws' own mean.
+        num_draws: subsets solved.
+        num_queries: query features compared on.
+    """
+
+    bias: float
+    standard_error: float
+    upper: float
+    noise: float
+    num_draws: int
+    num_queries: int
+
+    def __str__(self) -> str:
+        return f"bias {self.bias:.1%} +- {self.standard_error:.1%} ({self.num_draws} draws)"
+
+
+@dataclass(frozen=True)
 class Certificate:
     """How far a mean field is from the truth, as far as draws can tell.
 
@@ -74,16 +98,9 @@ class Certificate:
         of_a_block = float(np.trace(self.products)) / len(self.products) - self._between()
         return self._relative(of_a_block / len(self.products))
 
-    def to_dict(self) -> dict[str, float | int]:
+    def summary(self) -> "MeasuredBias":
         """Return what is stored and printed."""
-        return {
-            "bias": self.bias,
-            "standard_error": self.standard_error,
-            "upper": self.upper,
-            "noise": self.noise,
-            "num_draws": self.num_draws,
-            "num_queries": self.num_queries,
-        }
+        return MeasuredBias(self.bias, self.standard_error, self.upper, self.noise, self.num_draws, self.num_queries)
 
     def _relative(self, square: float) -> float:
         return float(np.sqrt(max(square, 0.0) / self.square)) if self.square else 0.0
@@ -128,7 +145,7 @@ def certify(
     num_strata = estimator.num_draws // MIN_BLOCKS
     num_blocks = estimator.num_draws // num_strata
     shape = (len(queries), *game.responses.shape)
-    size = 8 * (num_blocks + 8) * int(np.prod(shape))
+    size = 8 * ((num_blocks + 8) * int(np.prod(shape)) + 3 * game.space.coordinates.size)
     require_memory(size, "a certificate", "set reduce.certificate_draws to 0", estimator.max_bytes)
     values = np.einsum("mp,ncp->mnc", queries, result.representers, optimize=True).astype(np.float64)
     estimator = replace(estimator, num_draws=num_blocks * num_strata, num_strata=num_strata)
