@@ -59,7 +59,7 @@ class _Attribution:
         chosen = (phi - self.mean)[np.arange(len(phi)), slots]
         vectors = np.zeros_like(phi)
         vectors[np.arange(len(phi)), slots] = unit_rows(chosen) if self.normalize else chosen
-        return vectors.reshape(len(phi), -1)
+        return vectors.reshape(len(phi), phi.shape[1] * phi.shape[2])
 
 
 class Run:
@@ -165,9 +165,9 @@ class Run:
         """
         top = top or self.config.query.top
         methods = self.methods(methods)
+        found = {method: self._attribution(method) for method in methods}
         if rerank:
-            check_rerank(methods, rerank, top)
-        found = {method: self._attribution(method) for method in methods}  # before the model: these errors are quick
+            check_rerank(methods, rerank, top, is_centred=any(item.mean.any() for item in found.values()))
         examples = self.answers(queries)
         encoded = [self._encode(example) for example in examples]
         phi = self.features(examples, encoded)
@@ -277,17 +277,9 @@ class Run:
         self, attribution: _Attribution, examples: Sequence[Example], encoded: Sequence[Encoded], pools: list[Pool]
     ) -> list[Pool]:
         """Replace the values of both pools by exact ones and sort again."""
-        if attribution.mean.any():
-            raise MethodError(
-                "rerank of centred features: the exact mean gradient is not kept",
-                expected="reduce.center=false",
-                fix="leave --rerank out, or reduce with reduce.center=false",
-            )
         values = [np.full(scores.shape, np.nan, np.float32) for scores, _ in pools]
-        for row, slot in enumerate(self._slots(encoded).tolist()):
-            scorer = ExactScorer(
-                self.config, self.extractor, examples[row], encoded[row], slot, cosine=attribution.normalize
-            )
+        for row, query in enumerate(examples):
+            scorer = ExactScorer(self.config, self.extractor, query, encoded[row], cosine=attribution.normalize)
             found = np.unique(np.concatenate([rows[row] for _, rows in pools]))
             found = found[found >= 0]
             exact = scorer.values([self.examples[k] for k in found.tolist()])

@@ -23,8 +23,14 @@ RERANKED: tuple[Method, ...] = ("grad_dot", "grad_cos")
 MAX_EXACT_BYTES = 1 << 30
 
 
-def check_rerank(methods: Sequence[Method], num_candidates: int, top: int) -> None:
-    """Refuse what cannot be reranked.
+def check_rerank(methods: Sequence[Method], num_candidates: int, top: int, is_centred: bool) -> None:
+    """Refuse what cannot be reranked, before a model is loaded.
+
+    Args:
+        methods: to be reranked.
+        num_candidates: of either kind.
+        top: hits of either kind.
+        is_centred: whether a mean feature is subtracted for one of the methods.
 
     Raises:
         MethodError: a method's values depend on the whole set, or there are fewer candidates than hits wanted.
@@ -42,6 +48,12 @@ def check_rerank(methods: Sequence[Method], num_candidates: int, top: int) -> No
             expected="as many candidates as hits, or more",
             fix="raise --rerank or lower --top",
         )
+    if is_centred:
+        raise MethodError(
+            "rerank of centred features: the exact mean gradient is not kept",
+            expected="reduce.center=false",
+            fix="leave --rerank out, or reduce with reduce.center=false",
+        )
 
 
 class ExactScorer:
@@ -52,14 +64,11 @@ class ExactScorer:
         extractor: at the store's linearisation point.
         query: the query's prompt and answer.
         encoded: the same, tokenised.
-        slot: the output whose gradient counts (the answered class of `logits`), 0 otherwise.
         cosine: scale gradients to unit norm.
     """
 
-    def __init__(
-        self, config: RunConfig, extractor: Extractor, query: Example, encoded: Encoded, slot: int, cosine: bool
-    ) -> None:
-        self._config, self._extractor, self._slot, self._cosine = config, extractor, slot, cosine
+    def __init__(self, config: RunConfig, extractor: Extractor, query: Example, encoded: Encoded, cosine: bool) -> None:
+        self._config, self._extractor, self._cosine = config, extractor, cosine
         plan = extractor.plan("none", config.seed, 1, [])
         self._sketch = Sketch(plan, extractor.loaded.device)
         self._query = self._gradients([query], [encoded])[0]
@@ -69,8 +78,7 @@ class ExactScorer:
         if not examples:
             return np.empty(0, np.float32)
         encoded = encode_examples(self._config, self._extractor, examples).encoded
-        row_bytes = 4 * self._extractor.num_outputs * self._sketch.dim
-        step = max(1, MAX_EXACT_BYTES // row_bytes)
+        step = max(1, MAX_EXACT_BYTES // (4 * self._sketch.dim))
         parts = [
             self._gradients(examples[start : start + step], encoded[start : start + step]) @ self._query
             for start in range(0, len(examples), step)
@@ -78,5 +86,5 @@ class ExactScorer:
         return np.concatenate(parts)
 
     def _gradients(self, examples: Sequence[Example], encoded: Sequence[Encoded]) -> Float[np.ndarray, "k p"]:
-        rows = extract_rows(self._config, self._extractor, self._sketch, encoded, examples)[0][:, self._slot]
+        rows = extract_rows(self._config, self._extractor, self._sketch, encoded, examples)[0][:, 0]
         return unit_rows(rows) if self._cosine else rows

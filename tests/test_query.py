@@ -163,6 +163,10 @@ def test_many_queries_are_answered_as_one_by_one(finished: Callable[[str], RunCo
             assert hit.value == pytest.approx(by_row(alone)[row].value, abs=1e-4 * scale)
 
 
+def test_no_queries_give_no_hits(finished: Callable[[str], RunConfig]) -> None:
+    assert Run.open(finished("init").run_dir).query_many([]) == []
+
+
 def test_same_query_gives_the_same_bytes(finished: Callable[[str], RunConfig]) -> None:
     config = finished("init")
     answers = {Run.open(config.run_dir).query(PROMPT, COMPLETION).to_json() for _ in range(2)}
