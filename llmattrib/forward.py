@@ -14,6 +14,18 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor, nn
 
 from llmattrib.encoding import Batch
+from llmattrib.model import LoadedModel
+
+FLOAT16_LOSS_SCALE = 1024.0
+
+
+def loss_scale(loaded: LoadedModel) -> float:
+    """Return what a scalar is multiplied by before its backward pass, and its gradients are divided by after it.
+
+    Gradients of examples that a model is sure of are below what float16 can hold; float32 and bfloat16 need no scale.
+    A power of two, so it costs no digits.
+    """
+    return FLOAT16_LOSS_SCALE if loaded.fingerprint["dtype"] == "float16" else 1.0
 
 
 def position_logits(model: nn.Module, batch: Batch, positions: Bool[Tensor, "b t"]) -> Float32[Tensor, "m v"]:

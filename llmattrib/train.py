@@ -25,7 +25,7 @@ from llmattrib.config import RunConfig
 from llmattrib.data import data_fingerprint, load_examples
 from llmattrib.encoding import Encoded, EncodedSet, collate, encode_all, encoded_fingerprint
 from llmattrib.errors import ConfigError, FingerprintMismatchError, NonFiniteGradientError, memory_errors
-from llmattrib.forward import completion_logits
+from llmattrib.forward import completion_logits, loss_scale
 from llmattrib.model import LoadedModel, prepare_trainable, resolve_device, save_adapter
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
@@ -40,7 +40,6 @@ from llmattrib.weights import (
     weights_fingerprint,
 )
 
-FLOAT16_LOSS_SCALE = 1024.0  # keeps small float16 gradients from vanishing; float32 and bfloat16 need none
 _STATE = ("factor", "exp_avg", "exp_avg_sq")
 
 
@@ -223,7 +222,7 @@ def _epoch(
 
 def _backward(loaded: LoadedModel, examples: Sequence[Encoded]) -> tuple[float, int]:
     """Accumulate the gradient of the batch's mean loss; return that loss and its number of tokens."""
-    scale = FLOAT16_LOSS_SCALE if loaded.fingerprint["dtype"] == "float16" else 1.0
+    scale = loss_scale(loaded)
     batch = collate(examples, loaded.pad_id).to(loaded.device)
     logits, _, target = completion_logits(loaded.model, batch)
     loss = torch.nn.functional.cross_entropy(logits, target)

@@ -1,5 +1,6 @@
 """Features against one-example-at-a-time autograd through peft, and their invariances."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmattrib.config import FeaturesConfig, LoraConfig, ModelConfig
-from llmattrib.encoding import Encoded
+from llmattrib.encoding import Batch, Encoded
 from llmattrib.errors import FeatureError
 from llmattrib.features.capture import Tap, capture
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch
+from llmattrib.forward import completion_logits
 from llmattrib.model import load_model, lora_a_init
 from tests.tiny import FAMILIES, tiny_adapter_dir, tiny_model_dir
 
@@ -142,6 +144,42 @@ def test_init_features_equal_autograd(tmp_path: Path, family: str, num_inits: in
         assert not a_rows.any(), "every gradient of A vanishes where B = 0"
         kernel += rows @ rows.T / num_inits
     assert_close(found @ found.T, kernel)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("linearisation", ["init", "trained"])
+@pytest.mark.parametrize("certainty", [0.0, 16.0])
+def test_low_precision_stays_close_also_where_the_answer_is_nearly_certain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, linearisation: str, certainty: float
+) -> None:
+    """A large logit of the target makes losses, and gradients of them, far smaller: below what float16 holds without a scale."""
+    base = tiny_model_dir(tmp_path)
+    adapter = tiny_adapter_dir(tmp_path, base)
+
+    def surer(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        logits, example, target = completion_logits(model, batch)
+        return logits + certainty * torch.nn.functional.one_hot(target, logits.shape[1]), example, target
+
+    monkeypatch.setattr("llmattrib.features.extract.completion_logits", surer)
+    rows = []
+    for precision in ("float32", dtype):
+        loaded = load_model(ModelConfig(name=base, device="cpu", dtype=precision), adapters=[adapter])  # type: ignore[arg-type]
+        extractor = Extractor(loaded, FeaturesConfig(linearisation=linearisation), 0)  # type: ignore[arg-type]
+        rows.append(features(extractor, [examples(5)])[:, 0])
+    assert_close(rows[1], rows[0], {"bfloat16": 0.1, "float16": 0.02}[dtype])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dropout_of_an_adapter_is_off(tmp_path: Path, dropout: float) -> None:
+    base = tiny_model_dir(tmp_path)
+    adapter = tiny_adapter_dir(tmp_path, base)
+    settings = Path(adapter) / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"lora_dropout": dropout}))
+    loaded = load_model(ModelConfig(name=base, device="cpu"), adapters=[adapter])
+    extractor = Extractor(loaded, FeaturesConfig(linearisation="trained"), 0)
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter, is_trainable=True)
+    expected = np.stack([oracle(model.eval(), "AB", example, "loss", ())[0].numpy() for example in examples(3)])
+    assert_close(features(extractor, [examples(3)])[:, 0], expected)
 
 
 @pytest.mark.parametrize("kind", ["loss", "log_odds", "pntk"])

@@ -23,7 +23,7 @@ from llmattrib.encoding import Batch, Encoded, Side, collate
 from llmattrib.features.capture import Tap, capture
 from llmattrib.features.outputs import OutputValues, Reading, evaluate_output
 from llmattrib.features.sketch import Block, Sketch, SketchKind, SketchPlan, make_plan
-from llmattrib.forward import completion_logits
+from llmattrib.forward import completion_logits, loss_scale
 from llmattrib.model import LoadedModel, LoraLayer, lora_a_init
 
 COLUMNS = ("norm", "loss", "log_odds", "label")
@@ -74,6 +74,7 @@ class Extractor:
         self.output = config.output
         self.label_ids = tuple(label_ids)
         self.blocks: tuple[Block, ...] = ()
+        self._loss_scale = loss_scale(loaded)
         self._points: list[_Point] = []
         if config.linearisation == "init":
             self._points.append(_Point(None, self._init_taps(seed, config.num_inits)))
@@ -155,7 +156,8 @@ class Extractor:
             values = evaluate_output(self.output, Reading(logits, example, target, batch.labels), self.label_ids)
             last = values.outputs.shape[0] - 1
             for output in range(last + 1):  # `route` reads it
-                values.outputs[output].sum().backward(retain_graph=output < last)  # type: ignore[no-untyped-call]
+                scaled = values.outputs[output].sum() * self._loss_scale
+                scaled.backward(retain_graph=output < last)  # type: ignore[no-untyped-call]
         return OutputValues(values.outputs.detach(), values.loss, values.log_odds)
 
     @contextmanager
@@ -179,7 +181,7 @@ class Extractor:
             fresh = torch.cat([lora_a_init(seed, layer, rank, init) for init in range(num_inits)])
             fresh = (fresh / num_inits**0.5).to(self.loaded.device)
             block = self._add_block(layer.name, "B", layer.d_out * rank * num_inits)
-            taps.append(Tap(layer.name, layer.module, fresh, None, scaling, None, block))
+            taps.append(Tap(layer.name, layer.module, fresh, None, scaling / self._loss_scale, None, block))
         return tuple(taps)
 
     def _trained_taps(self, adapter: str) -> tuple[Tap, ...]:
@@ -191,5 +193,5 @@ class Extractor:
         a, b, scaling = layer.factors(adapter)
         block_a = self._add_block(prefix + layer.name, "A", a.numel())
         block_b = self._add_block(prefix + layer.name, "B", b.numel())
-        scaling /= num_adapters**0.5
+        scaling /= num_adapters**0.5 * self._loss_scale
         return Tap(layer.name, layer.module, a.detach(), b.detach(), scaling, block_a, block_b)
