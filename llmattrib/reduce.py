@@ -260,13 +260,17 @@ def _reduce_method(path: str, settings: Settings, reader: _Reader, progress: Pro
     started = time.perf_counter()
     resolved = dataclasses.asdict(settings)
     fingerprint = {"features": reader.store.digest(), "settings": digest(resolved)}
-    stored = _stored_info(path, fingerprint)
-    if stored is None:
+    stored = _stored(path)
+    is_other = stored is not None and dict(stored.manifest.fingerprint) != fingerprint
+    is_reused = stored is not None and not is_other and stored.is_complete
+    if stored is not None and is_reused:
+        info = dict(stored.manifest.info)
+    else:
         info, representers = _compute(settings, reader, progress)
         info = {**resolved, **info}
+        if is_other:
+            storage.remove(path)  # only now: what is there stays when the new cannot be computed
         _write(path, reader, settings, fingerprint, info, representers)
-    else:
-        info = stored
     return {
         "method": settings.method,
         "path": path,
@@ -275,22 +279,18 @@ def _reduce_method(path: str, settings: Settings, reader: _Reader, progress: Pro
         "sum_rule_error": info.get("sum_rule_error"),
         "certificate": info.get("certificate"),
         "loo_curve": info["loo_curve"],
-        "is_reused": stored is not None,
+        "is_reused": is_reused,
         "seconds": time.perf_counter() - started,
         "notes": info["notes"],
     }
 
 
-def _stored_info(path: str, fingerprint: dict[str, str]) -> dict[str, Any] | None:
-    """Return the info of a complete store of these settings; remove any other one that is there."""
+def _stored(path: str) -> RowStore | None:
+    """Return the store that is there, of whatever settings."""
     try:
-        store = RowStore.open(path)
+        return RowStore.open(path)
     except StoreNotFoundError:
         return None
-    if dict(store.manifest.fingerprint) != fingerprint:
-        storage.remove(path)
-        return None
-    return dict(store.manifest.info) if store.is_complete else None
 
 
 Representers = Callable[[], Iterator[tuple[int, Float[np.ndarray, "m c p"]]]]

@@ -9,7 +9,13 @@ from test_distributed import launch
 
 from llmattrib import reduce as reduce_module
 from llmattrib.config import ReduceConfig, RunConfig, config_to_yaml, validate_config
-from llmattrib.errors import IncompleteStoreError, MethodError, StoreLockedError, StoreNotFoundError
+from llmattrib.errors import (
+    CorruptShardError,
+    IncompleteStoreError,
+    MethodError,
+    StoreLockedError,
+    StoreNotFoundError,
+)
 from llmattrib.estimators.certificate import certify, sample_queries
 from llmattrib.estimators.mean_field import MeanField
 from llmattrib.estimators.subset import Subset
@@ -260,6 +266,34 @@ def test_equal_representers_are_reused_and_others_replaced(tmp_path):
     reduce_module.storage.remove(features.path)
     write_features(config, draw(20, 5, seed=9))
     assert [result.is_reused for result in reduce_run(config)] == [False, False]
+
+
+@pytest.mark.parametrize("method", ["influence", "shapley"])
+def test_damaged_features_are_named_and_what_was_there_is_kept(tmp_path, method):
+    config = make_run(tmp_path, methods=[method])
+    features = write_features(config, draw(20, 5))
+    reduce_run(config)
+    before = files_of(config.layout.representers(method))
+    shard = Path(features.path, "rows/c/1/0/0")
+    data = bytearray(shard.read_bytes())
+    data[3] ^= 1
+    shard.write_bytes(bytes(data))
+    assert reduce_run(config)[0].is_reused, "the records are the same, and nothing is read again"
+    other = make_run(tmp_path, methods=[method], center=method != "shapley")
+    with pytest.raises(CorruptShardError, match=r"shard 1 of .*features\.zarr[\s\S]*delete .*commits/000001\.json"):
+        reduce_run(other)
+    assert files_of(config.layout.representers(method)) == before
+
+
+def test_representers_that_cannot_be_computed_leave_those_that_are_there(tmp_path, monkeypatch):
+    config = make_run(tmp_path, methods=["shapley"])
+    write_features(config, draw(20, 5))
+    reduce_run(config)
+    before = files_of(config.layout.representers("shapley"))
+    monkeypatch.setattr("llmattrib.games.memory.available_memory", lambda: 10)
+    with pytest.raises(MethodError, match=r"needs .* GiB of memory"):
+        reduce_run(make_run(tmp_path, methods=["shapley"], ridge=0.5))
+    assert files_of(config.layout.representers("shapley")) == before
 
 
 @pytest.mark.parametrize("method", ["influence", "shapley"])
