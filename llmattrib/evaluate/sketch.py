@@ -15,16 +15,16 @@ import torch
 from jaxtyping import Float
 from scipy.stats import spearmanr
 
-from llmattrib.build import calibration_batches, encode_examples, load_extractor, model_fingerprint
+from llmattrib.build import calibration_batches, encode_examples
 from llmattrib.config import RunConfig
 from llmattrib.data import read_examples
 from llmattrib.encoding import Encoded, length_batches
-from llmattrib.errors import FeatureError, FingerprintMismatchError, MethodError
+from llmattrib.errors import FeatureError, MethodError
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
-from llmattrib.manifest import differing
 from llmattrib.progress import Progress, silent
 from llmattrib.quantize import quantize
+from llmattrib.query import Run
 from llmattrib.storage import atomic_write
 from llmattrib.store import RowStore
 
@@ -77,17 +77,15 @@ def sketch_fidelity(
     Raises:
         FeatureError: the exact gradients of the sample do not fit in memory, or the sample is too small.
         MethodError: the store has several outputs an example.
-        StoreNotFoundError: features are not built.
+        StoreNotFoundError, IncompleteStoreError: features are not built, or not all.
+        FingerprintMismatchError: the model is not the one they were made with.
     """
     store = RowStore.open(config.layout.features)
     if store.manifest.num_outputs > 1:
         raise MethodError(
             "this store has one feature row a class", expected="one output", fix="use features.output=margin"
         )
-    extractor = load_extractor(config)
-    made_with = {key: value for key, value in store.manifest.fingerprint.items() if key != "data"}
-    if keys := differing(made_with, model_fingerprint(config, extractor)):
-        raise FingerprintMismatchError(store.path, keys)
+    extractor = Run(config).extractor
     encoded = encode_examples(config, extractor, read_examples(config.layout.examples)).encoded[:num_examples]
     exact = exact_features(config, extractor, encoded, progress)
     kernel = exact @ exact.T
