@@ -7,12 +7,13 @@ about torch, models or stores.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmattrib.errors import ConfigError
 from llmattrib.storage import read_bytes
@@ -21,6 +22,8 @@ Method = Literal["shapley", "influence", "trak", "grad_dot", "grad_cos"]
 METHODS: tuple[Method, ...] = ("shapley", "influence", "trak", "grad_dot", "grad_cos")
 OutputFunction = Literal["loss", "log_odds", "margin", "logits", "pntk"]
 PositiveInt = Annotated[int, Field(gt=0)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+"""A path, or a name that may be one; `~` is the home folder."""
 
 
 class Section(BaseModel):
@@ -67,7 +70,7 @@ class DataConfig(Section):
     completion column, or a chat `messages` column whose last assistant turn is the completion.
     """
 
-    train: str
+    train: Place
     split: str = "train"
     prompt: str = "prompt"
     completion: str = "completion"
@@ -119,6 +122,12 @@ class FeaturesConfig(Section):
     dtype: Literal["float16", "float32"] = "float16"
     tokens_per_batch: PositiveInt = 2048
     shard_size: PositiveInt = 256
+
+    @model_validator(mode="after")
+    def _inits_are_at_init(self) -> "FeaturesConfig":
+        if self.linearisation == "trained" and self.num_inits > 1:
+            raise ValueError(f"num_inits={self.num_inits} is for linearisation=init; trained takes model.adapters")
+        return self
 
 
 class ReduceConfig(Section):
@@ -174,7 +183,7 @@ class QueryConfig(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    run_dir: str
+    run_dir: Place
     seed: int = Field(0, ge=0)
     model: ModelConfig
     data: DataConfig
@@ -263,8 +272,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run from a YAML file, or from the directory of a run.
 
     Args:
-        path: a `.yaml` or `.yml` file; or a run directory, local or an fsspec URL, whose config.yaml is read and
-            whose own place replaces `run_dir`, so that runs can be moved.
+        path: a YAML file; or a run directory, whose config.yaml is read and whose own place replaces `run_dir`, so
+            that runs can be moved. Either may be an fsspec URL, a file's ending in `.yaml` or `.yml`.
         overrides: `section.key=value` strings, applied in order.
 
     Returns:
@@ -273,8 +282,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing or is not a YAML mapping, or a key or value is not accepted.
     """
-    place = str(path).rstrip("/")
-    is_run = "://" in place or Path(place).is_dir()
+    place = os.path.expanduser(str(path)).rstrip("/")
+    is_run = not place.endswith((".yaml", ".yml")) if "://" in place else Path(place).is_dir()
     file = RunLayout(place).config if is_run else place
     try:
         tree = yaml.safe_load(read_bytes(file).decode())

@@ -83,6 +83,7 @@ def test_every_shipped_config_is_accepted(path: Path) -> None:
         ("reduce.ridge=-1", r"reduce\.ridge"),
         ("model.lora.layers=first", r"model\.lora\.layers: String should match pattern"),
         ("seed=-1", r"seed: Input should be greater than or equal to 0"),
+        ("run_dir=''", r"run_dir: String should have at least 1 character"),
     ],
 )
 def test_wrong_value_names_the_key_what_was_found_and_what_is_accepted(
@@ -90,6 +91,18 @@ def test_wrong_value_names_the_key_what_was_found_and_what_is_accepted(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, MINIMAL), [override])
+
+
+def test_several_inits_of_a_trained_adapter_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"features: .*num_inits=3 is for linearisation=init"):
+        load_config(write(tmp_path, MINIMAL), ["features.num_inits=3", "features.linearisation=trained"])
+
+
+def test_the_home_folder_is_meant_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, MINIMAL | {"run_dir": "~/runs/x", "data": {"train": "~/d.jsonl"}})
+    config = load_config("~/config.yaml")
+    assert (config.run_dir, config.data.train) == (f"{tmp_path}/runs/x", f"{tmp_path}/d.jsonl")
 
 
 def test_all_wrong_keys_are_named_at_once() -> None:
@@ -110,6 +123,7 @@ def test_run_directory_is_read_and_its_place_is_its_run_dir(tmp_path: Path) -> N
     url = "memory://test_config/run"
     atomic_write(f"{url}/config.yaml", config_to_yaml(config).encode())
     assert load_config(url) == config.model_copy(update={"run_dir": url})
+    assert load_config(f"{url}/config.yaml") == config, "a file by its URL keeps its run_dir"
 
 
 def test_directory_without_a_run(tmp_path: Path) -> None:
