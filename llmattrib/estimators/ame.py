@@ -241,9 +241,9 @@ class Knockoffs:
 
         (1 + number of W <= -t) / number of W >= t  <=  rate
 
-    (knockoff+ of Barber and Candes 2015; as the distribution is known: Candes et al. 2018). The expected share of players without any effect among the selected is
-    then at most `rate`, for any game and any number of rows, as the true distribution of S given p is known. At least
-    1/rate players are selected, or none.
+    (knockoff+ of Barber and Candes 2015). The expected share of players without any effect among the selected is then
+    at most `rate`, for any game and any number of rows, as the true distribution of S given p is known (Candes et al.
+    2018). At least 1/rate players are selected, or none.
 
     Attributes:
         rate: of false discoveries.
