@@ -390,7 +390,7 @@ def _shapley(
     notes = [prefix[output] + note for output, result in enumerate(results) for note in result.notes]
 
     measured = None if certificate is None else certificate.summary()
-    if measured is not None and measured.bias > max(_NOTED_BIAS, 2 * measured.standard_error):
+    if measured is not None and measured.lower > _NOTED_BIAS:
         notes.append(f"the mean field is off: {measured}; take a larger ridge, or reduce.form=pairs")
 
     def representers() -> Iterator[tuple[int, Float[np.ndarray, "m c p"]]]:

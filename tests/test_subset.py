@@ -159,9 +159,9 @@ def test_certificate_measures_a_bias_without_the_noise(by):
     plain = np.mean([np.sqrt(np.mean(c.products) / c.square) for c in found])
     assert plain > true_bias + 0.02, "a plain difference shows the noise"
     if by:
-        assert np.mean([certificate.bias > 2 * certificate.standard_error for certificate in found]) > 0.5
+        assert np.mean([certificate.lower > 0 for certificate in found]) > 0.9
     else:
-        assert np.mean([certificate.bias <= 2 * certificate.standard_error for certificate in found]) > 0.8
+        assert np.mean([certificate.lower > 0 for certificate in found]) <= 0.1  # of 40; 5 % are meant
     spread = np.mean([c._spread() / c.square for c in found])
     assert squares.std() / 1.5 < spread < 4 * squares.std()
 
@@ -184,12 +184,12 @@ def test_certificate_is_a_few_products():
     assert certificate.standard_error == pytest.approx(0)
     both = certificate.merge(Certificate(-products, 300.0, 12, 5))
     assert (both.square, both.bias) == (400.0, 0.0)
-    assert dataclasses.astuple(certificate.summary()) == pytest.approx((0.2, 0, 0.2, 0.3 / math.sqrt(3), 12, 5))
-    assert str(certificate.summary()) == "bias 20.0% +- 0.0% (12 draws)"
+    assert dataclasses.astuple(certificate.summary()) == pytest.approx((0.2, 0, 0.2, 0.2, 0.3 / math.sqrt(3), 12, 5))
+    assert str(certificate.summary()) == "bias 20.0% +- 0.0% (at most 20.0%, 12 draws)"
     assert Certificate(products * 0, 0.0, 12, 5).upper == 0
 
 
-@pytest.mark.parametrize(("asked", "done"), [(8, 8), (20, 20), (31, 30), (33, 32)])
+@pytest.mark.parametrize(("asked", "done"), [(8, 8), (20, 20), (33, 32), (50, 48)])
 def test_draws_of_a_certificate_fill_whole_blocks(asked, done):
     game = make(8, 4)
     certificate = certify(game, MeanField().init(game), game.features, Subset(num_draws=asked))

@@ -28,7 +28,8 @@ from llmattrib.games.kernel import KernelGame
 from llmattrib.games.memory import require_memory
 from llmattrib.rng import stream
 
-MIN_BLOCKS = 8
+MIN_DRAWS = 8
+_BLOCKS = 16  # more of them make the standard error more reliable, fewer leave more strata of q to a block
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class MeasuredBias:
 
     Attributes:
         bias: what is seen; 0 where the noise exceeds it.
-        standard_error: how far one standard error of |bias|^2 moves `bias` up.
-        upper: what is excluded with 95 % confidence.
+        standard_error: how far one standard error of |bias|^2 moves `bias`, up or down, whichever is more.
+        lower: one-sided 95 % limit from below.
+        upper: the same from above.
         noise: standard error of the draws' own mean.
         num_draws: subsets solved.
         num_queries: query features compared on.
@@ -46,13 +48,14 @@ class MeasuredBias:
 
     bias: float
     standard_error: float
+    lower: float
     upper: float
     noise: float
     num_draws: int
     num_queries: int
 
     def __str__(self) -> str:
-        return f"bias {self.bias:.1%} +- {self.standard_error:.1%} ({self.num_draws} draws)"
+        return f"bias {self.bias:.1%} +- {self.standard_error:.1%} (at most {self.upper:.1%}, {self.num_draws} draws)"
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,22 @@ class Certificate:
 
     @property
     def standard_error(self) -> float:
-        """How far one standard error of |bias|^2 moves `bias` up."""
-        return self._relative(max(self._between(), 0.0) + self._spread()) - self.bias
+        """How far one standard error of |bias|^2 moves `bias`, up or down, whichever is more."""
+        return max(abs(self._at(1.0) - self.bias), abs(self._at(-1.0) - self.bias))
+
+    @property
+    def lower(self) -> float:
+        """One-sided 95 % limit from below."""
+        return self._at(-float(student.ppf(0.95, len(self.products) - 1)))
 
     @property
     def upper(self) -> float:
-        """One-sided 95 % limit of the bias."""
-        reach = float(student.ppf(0.95, len(self.products) - 1)) * self._spread()
-        return self._relative(max(self._between(), 0.0) + reach)
+        """One-sided 95 % limit from above."""
+        return self._at(float(student.ppf(0.95, len(self.products) - 1)))
+
+    def _at(self, num_errors: float) -> float:
+        """Return the bias some standard errors of its square away."""
+        return self._relative(max(self._between(), 0.0) + num_errors * self._spread())
 
     @property
     def noise(self) -> float:
@@ -100,7 +111,9 @@ class Certificate:
 
     def summary(self) -> "MeasuredBias":
         """Return what is stored and printed."""
-        return MeasuredBias(self.bias, self.standard_error, self.upper, self.noise, self.num_draws, self.num_queries)
+        return MeasuredBias(
+            self.bias, self.standard_error, self.lower, self.upper, self.noise, self.num_draws, self.num_queries
+        )
 
     def _relative(self, square: float) -> float:
         return float(np.sqrt(max(square, 0.0) / self.square)) if self.square else 0.0
@@ -127,22 +140,22 @@ def certify(
         game: the game it is of.
         result: the mean field.
         queries: phi of the queries to compare on; see `sample_queries`.
-        estimator: the draws; its semivalue must be the mean field's. At least 8, in 8 or more equal blocks of one
-            draw per stratum; the strata are chosen here, and draws that fill no block are left out.
+        estimator: the draws, at least 8; its semivalue must be the mean field's. They are put into 16 or more equal
+            blocks (below 16 draws, of one each), stratified within; draws that fill no block are left out.
 
     Raises:
         MethodError: too few draws, another semivalue, or it does not fit the memory.
     """
-    if estimator.num_draws < MIN_BLOCKS:
+    if estimator.num_draws < MIN_DRAWS:
         raise MethodError(
-            f"a certificate of {estimator.num_draws} draws", expected=f"at least {MIN_BLOCKS}", fix="take 16 to 64"
+            f"a certificate of {estimator.num_draws} draws", expected=f"at least {MIN_DRAWS}", fix="take 16 to 64"
         )
     if estimator.semivalue.name != result.semivalue:
         raise MethodError(
             f"draws for {estimator.semivalue.name} cannot check a mean field of {result.semivalue}",
             expected="the same semivalue",
         )
-    num_strata = estimator.num_draws // MIN_BLOCKS
+    num_strata = max(1, estimator.num_draws // _BLOCKS)
     num_blocks = estimator.num_draws // num_strata
     shape = (len(queries), *game.responses.shape)
     size = 8 * ((num_blocks + 8) * int(np.prod(shape)) + 3 * game.space.coordinates.size)
