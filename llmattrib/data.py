@@ -274,7 +274,7 @@ def _example(index: int, place: str, row: Mapping[str, Any], config: DataConfig)
     if not completion.strip() or not any(turn["content"].strip() for turn in prompt):
         which = "prompt" if completion.strip() else "completion"
         raise MissingFieldError(f"{place} has an empty {which}", expected="some text", fix="correct or remove the row")
-    _check_text(place, completion, *(part for turn in prompt for part in (turn["role"], turn["content"])))
+    check_text(place, completion, *(part for turn in prompt for part in (turn["role"], turn["content"])))
     if config.id is None:
         return Example(index, str(index), prompt, completion)
     identifier = _field(row, config.id, place)
@@ -283,8 +283,12 @@ def _example(index: int, place: str, row: Mapping[str, Any], config: DataConfig)
     return Example(index, str(identifier), prompt, completion)
 
 
-def _check_text(place: str, *texts: str) -> None:
-    """Refuse halves of characters (lone surrogates), which JSON can hold and no tokenizer takes."""
+def check_text(place: str, *texts: str) -> None:
+    """Refuse halves of characters (lone surrogates), which JSON can hold and no tokenizer takes.
+
+    Raises:
+        DataError: names the place and what stands before the half.
+    """
     for text in texts:
         try:
             text.encode()

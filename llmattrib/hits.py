@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmattrib.config import DataConfig
-from llmattrib.data import Example, Message, user_message
+from llmattrib.data import Example, Message, check_text, user_message
 from llmattrib.errors import EmptyDatasetError, MissingFieldError
 from llmattrib.storage import atomic_write
 
@@ -109,7 +109,7 @@ def read_queries(path: str | Path, config: DataConfig) -> list[Query]:
 
     Raises:
         EmptyDatasetError: there is no such file, or it has no rows.
-        MissingFieldError: a row is not usable; names the line.
+        MissingFieldError, DataError: a row is not usable; names the line.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -148,6 +148,7 @@ def _query(place: str, line: str, config: DataConfig) -> Query:
             expected="a field `prompt` with text or a list of {role, content}",
             fix="correct the line",
         )
+    check_text(place, completion or "", *(part for turn in prompt for part in turn.values()))
     return Query(tuple(prompt), completion, "" if identifier is None else str(identifier))
 
 

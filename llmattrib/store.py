@@ -21,6 +21,7 @@ Source: Zarr v3 core specification and its sharding_indexed and crc32c codecs.
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
@@ -45,7 +46,9 @@ from llmattrib.quantize import quantize
 __all__ = ["Manifest", "Problem", "RowStore", "quantize"]
 
 CHUNK_ROWS = 64
+_RECORD = re.compile(r"(\d+)\.json")  # other files that find their way into a folder are passed over
 _KEY = "llmattrib"
+Shape = tuple[int, ...]
 REMAKE = "delete the store and run the stage that made it again"
 
 
@@ -156,8 +159,8 @@ class RowStore:
     def _array(self, name: str) -> zarr.Array[Any]:
         try:
             array = self._group[name]
-        except KeyError as error:
-            raise StoreError(f"{self.path} has no {name}", fix=REMAKE) from error
+        except (KeyError, ValueError, TypeError) as error:
+            raise StoreError(f"{self.path} has no {name} that can be read", fix=REMAKE) from error
         assert isinstance(array, zarr.Array)
         return array.with_config({"write_empty_chunks": True})
 
@@ -178,7 +181,7 @@ class RowStore:
         """List the commit records again: one listing, no file is read."""
         with storage.named_errors(self.path):
             names = storage.list_names(f"{self.path}/commits")
-        self._committed = {int(name.removesuffix(".json")) for name in names if name.endswith(".json")}
+        self._committed = {int(match[1]) for name in names if (match := _RECORD.fullmatch(name))}
 
     def pending(self) -> list[int]:
         """Return the shards without a commit record, in order, as of now."""
@@ -382,10 +385,8 @@ class RowStore:
 
     def digest(self) -> str:
         """Return a hash of the settings and of all committed data, from the commit records alone."""
-        hasher = hashlib.sha256(json.dumps(self.manifest.compared(), sort_keys=True).encode())
-        for record in self._records().values():
-            hasher.update(record)
-        return hasher.hexdigest()[:32]
+        settings = json.dumps(self.manifest.compared(), sort_keys=True).encode()
+        return hashlib.sha256(settings + b"".join(self._records().values())).hexdigest()[:32]
 
     def verify(self) -> list[Problem]:
         """Read everything and compare it with the checksums of the commit records."""
@@ -393,10 +394,9 @@ class RowStore:
         problems = [Problem(shard, "is not committed") for shard in range(self.num_shards) if shard not in records]
         for shard, data in records.items():
             problems += [Problem(shard, what) for what in self._verify_shard(shard, data)]
-        for name in storage.list_names(f"{self.path}/vectors"):
+        for name in {*storage.list_names(f"{self.path}/vectors")} - {"zarr.json"}:
             try:
-                if name != "zarr.json":
-                    self.read_vector(name)
+                self.read_vector(name)
             except StoreError as error:
                 problems.append(Problem(-1, error.found))
         return sorted(problems)
@@ -423,12 +423,7 @@ def _chunk_rows(shard_size: int) -> int:
 
 
 def make_array(
-    path: str,
-    name: str,
-    shape: tuple[int, ...],
-    chunks: tuple[int, ...],
-    dtype: str,
-    shards: tuple[int, ...] | None = None,
+    path: str, name: str, shape: Shape, chunks: Shape, dtype: str, shards: Shape | None = None
 ) -> zarr.Array[Any]:
     """Make an empty array, in place of one that is there; floats start as NaN, which marks what was never written."""
     return zarr.create_array(

@@ -405,6 +405,18 @@ def test_a_store_without_its_arrays_is_named(path):
     Path(path, "rows/zarr.json").unlink()
     with pytest.raises(StoreError, match=r"features.zarr has no rows[\s\S]*run the stage that made it again"):
         RowStore.open(path)
+    for damage in ("{", '{"zarr_format": 3, "node_type": "array"}', '{"zarr_format": 3}'):
+        Path(path, "rows/zarr.json").write_text(damage)
+        with pytest.raises(StoreError, match=r"features.zarr has no rows that can be read"):
+            RowStore.open(path)
+
+
+def test_other_files_among_the_records_are_passed_over(path):
+    store = fill(RowStore.create(path, manifest()), [0, 2])
+    for name in ("._000001.json", "000001.json~", "notes.json", "x"):
+        Path(path, "commits", name).write_text("?")
+    assert store.pending() == [1, 3]
+    assert {problem.what for problem in store.verify()} == {"is not committed"}
 
 
 def test_a_damaged_vector_is_found(path):
