@@ -107,12 +107,12 @@ class TableStore:
         return table
 
     @classmethod
-    def open(cls, path: str, *, made_by: str = "llmattrib values", read_only: bool = True) -> "TableStore":
-        """Open a table that is there, complete or not.
+    def open(cls, path: str, *, made_by: str = "TableStore.create", read_only: bool = True) -> "TableStore":
+        """Open a table that is there, complete or not; what is planned later shows after opening it again.
 
         Args:
             path: local path or fsspec URL.
-            made_by: the command that makes such a table, for the message when it is absent.
+            made_by: what makes such a table, for the message when it is absent.
             read_only: refuse writes; ranks that write shards pass False.
 
         Raises:
@@ -123,7 +123,7 @@ class TableStore:
         stored = (read_attributes(path) or {}).get(_KEY)
         if stored is None:
             found = f"there is no table at {path}"
-            raise StoreNotFoundError(found, expected="a table of subsets and utilities", fix=f"run `{made_by}` first")
+            raise StoreNotFoundError(found, expected="a table of subsets and utilities", fix=f"make it with {made_by}")
         if stored.get("schema") != SCHEMA:
             raise FingerprintMismatchError(path, {"schema": (stored.get("schema"), SCHEMA)})
         with storage.named_errors(path):

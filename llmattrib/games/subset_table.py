@@ -199,7 +199,7 @@ class SubsetTable:
         Raises:
             StoreNotFoundError: there is none.
         """
-        return cls(TableStore.open(path, read_only=read_only))
+        return cls(TableStore.open(path, made_by="SubsetTable.create", read_only=read_only))
 
     @property
     def designs(self) -> list[Design]:
