@@ -2,10 +2,10 @@
 
     python -m benchmarks.demo [--seeds 3] [--run-dir runs/demo-seeds] [--trained] [--readme]
 
-Each seed is a process of its own, from training to scoreboard. With --trained the same prompts and answers are then
-traced with features at the trained adapter (`features.linearisation=trained`), for comparison. Prompts of all seeds are pooled:
-recall is hits over prompts. Finished seeds are kept. Writes benchmarks/results/demo.json; with
---readme also the table in README.md.
+Each seed is a process of its own, from training to scoreboard. Prompts of all seeds are pooled: recall is hits over
+prompts. Finished seeds are kept. With --trained the same prompts and answers are traced with features at the trained
+adapter as well (`features.linearisation=trained`). Writes benchmarks/results/demo.json; with --readme also the table
+in README.md.
 """
 
 import argparse
