@@ -143,8 +143,19 @@ def load_tokenizer(
 
 
 def context_length(folder: Path, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False) -> int:
-    """Return a model's context in tokens: `max_position_embeddings`, or the tokenizer's limit where there is none."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
+    """Return a model's context in tokens: `max_position_embeddings`, or the tokenizer's limit where there is none.
+
+    Raises:
+        ModelNotFoundError: transformers does not know the architecture, or may not run the model's own code.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelNotFoundError(
+            f"{folder / 'config.json'} cannot be used: {first_line(error)}",
+            expected="an architecture that transformers has",
+            fix="check model.name; where a model brings Python files of its own, model.trust_remote_code=true runs them",
+        ) from error
     context = getattr(config, "max_position_embeddings", None)
     return context if isinstance(context, int) and context > 0 else int(tokenizer.model_max_length)
 

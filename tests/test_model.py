@@ -293,6 +293,20 @@ def test_models_that_cannot_be_loaded(tmp_path: Path) -> None:
         load_model(config_of(str(encoder)))
 
 
+def test_code_of_a_model_is_not_run_unless_the_config_says_so(tmp_path: Path) -> None:
+    base = Path(tiny_model_dir(tmp_path))
+    config = json.loads((base / "config.json").read_text())
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"}}
+    (base / "config.json").write_text(json.dumps(config | own))
+    (base / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    with pytest.raises(ModelNotFoundError, match=r"(?s)contains custom code.*model\.trust_remote_code=true runs them"):
+        load_model(config_of(str(base)))
+    assert not (tmp_path / "ran").exists()
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "of_next_year"}))
+    with pytest.raises(ModelNotFoundError, match=r"(?s)of_next_year.*an architecture that transformers has"):
+        load_model(config_of(str(base)))
+
+
 def test_devices() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
