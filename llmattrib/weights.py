@@ -154,7 +154,7 @@ def context_length(folder: Path, tokenizer: PreTrainedTokenizerBase, *, trust_re
         raise ModelNotFoundError(
             f"{folder / 'config.json'} cannot be used: {first_line(error)}",
             expected="an architecture that transformers has",
-            fix="check model.name; where a model brings Python files of its own, model.trust_remote_code=true runs them",
+            fix="check model.name; if the model brings Python files of its own, model.trust_remote_code=true runs them",
         ) from error
     context = getattr(config, "max_position_embeddings", None)
     return context if isinstance(context, int) and context > 0 else int(tokenizer.model_max_length)

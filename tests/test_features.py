@@ -152,7 +152,7 @@ def test_init_features_equal_autograd(tmp_path: Path, family: str, num_inits: in
 def test_low_precision_stays_close_also_where_the_answer_is_nearly_certain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, linearisation: str, certainty: float
 ) -> None:
-    """A large logit of the target makes losses, and gradients of them, far smaller: below what float16 holds without a scale."""
+    """A large logit of the target makes losses and their gradients smaller than float16 holds without a scale."""
     base = tiny_model_dir(tmp_path)
     adapter = tiny_adapter_dir(tmp_path, base)
 

@@ -4,7 +4,8 @@ At each q the mean field (`fixed_point`) gives E[w_S] for S ~ Bernoulli(q). The 
 E[w_S] in its own probability, averaged over q. Three forms:
 
 - `pairs` first averages every two players exactly (`pairs`), then differentiates through the fixed point. Keeps the
-  efficiency axiom, sum_i v_i = w_N, up to quadrature, which the sum-rule error measures; it says nothing of the bias below.
+  efficiency axiom, sum_i v_i = w_N, up to quadrature, which the sum-rule error measures; of the bias below it says
+  nothing.
 - `total_gradient` differentiates the mean field through the fixed point. Keeps the axiom too; 2-5 times quicker.
 - `cavity` holds the others' weights fixed: exact at q -> 0 and q = 1, O(n d^2); sums are off by 2-35 %.
 
