@@ -9,6 +9,7 @@ import pytest
 from sklearn.linear_model import LassoCV
 
 from llmattrib.errors import MethodError
+from llmattrib.estimators import one_sample
 from llmattrib.estimators.ame import (
     AmeRegression,
     Knockoffs,
@@ -226,6 +227,26 @@ def test_one_sample_is_unbiased_and_knows_its_error(semivalue, design):
     standardized, error = (np.array(part) for part in zip(*scores, strict=True))
     assert np.abs(error.mean(axis=0) / (error.std(axis=0) / np.sqrt(40))).max() < 4
     assert 0.7 < np.sqrt(np.mean(standardized**2)) < 1.4
+
+
+@pytest.mark.parametrize("semivalue", [SHAPLEY_VALUE, beta_shapley(4.0, 1.0)], ids=lambda value: value.name)
+def test_the_size_is_taken_out_by_fits_to_the_other_rows(semivalue):
+    """Against a least-squares fit for each row; were a row in its own fit, estimates would be biased."""
+    n, rows = 15, draw_rows(SIZES, 0, 15, 40, lambda members: np.sqrt(members.sum(axis=1))[:, None])
+    size = rows.members.sum(axis=1)
+    utilities = rows.utilities + stream(0, "test sizes").standard_normal((40, 1))
+    asked = size_weights(semivalue, n)
+    powers = (np.arange(1, n)[:, None] / n) ** 0.5
+    basis = np.arcsin(powers) ** np.arange(5)
+    residual, back = np.empty((40, 1)), 0.0
+    for row in range(40):
+        others = np.arange(40) != row
+        fit = basis @ np.linalg.lstsq(basis[size[others] - 1], utilities[others])[0]
+        residual[row] = utilities[row] - fit[size[row] - 1]
+        back += (asked[: n - 1] - asked[1:]) @ fit / 40
+    found = one_sample._without_size(utilities, size, asked, 40)
+    np.testing.assert_allclose(found[0], residual, rtol=1e-6)
+    np.testing.assert_allclose(found[1], back, rtol=1e-6, atol=1e-9)
 
 
 def test_drawn_sizes_are_those_of_rows():

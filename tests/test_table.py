@@ -104,12 +104,12 @@ def test_what_a_killed_writer_left_is_written_again(tmp_path):
 
 def test_segments_number_their_shards_across_interruptions(path):
     table = TableStore.create(path, manifest())
-    for kind, count in (("a", 2), ("b", 1), ("a", 2)):
+    for kind, count in (("a", 2), ("b", 1), ("a", 2), ("b", 1), ("a", 1)):
         table.extend({"kind": kind}, count)
-    found = [(segment["kind"], number) for segment, number in map(table.segment, range(5))]
-    assert found == [("a", 0), ("a", 1), ("b", 0), ("a", 2), ("a", 3)]
-    with pytest.raises(StoreError, match="no shard 5"):
-        table.segment(5)
+    found = [(segment["kind"], number) for segment, number in map(table.segment, range(7))]
+    assert found == [("a", 0), ("a", 1), ("b", 0), ("a", 2), ("a", 3), ("b", 1), ("a", 4)]
+    with pytest.raises(StoreError, match="no shard 7"):
+        table.segment(7)
 
 
 @pytest.mark.parametrize("damage", ["flip", "missing", "checksum", "not JSON"])

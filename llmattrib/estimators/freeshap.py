@@ -13,10 +13,10 @@ that get 0, which biases values by as much. Values of a query are those of the g
 truncated where the mean over queries is.
 
 The reference updates inverses; here a Cholesky factor grows by blocks of players as far as the permutation gets, so the
-k-th prefix predicts sum_{j<=k} a_j b_j, a = L^-1 k(x), b = L^-1 Y. (The published code updates the inverse of class 0's
-kernel for every class; `per_class` solves with each class's own.) Cost of a permutation that stops at s players:
-(s^3/3 + s^2 m) for each kernel, s m C for utilities; n^2 numbers a kernel. All of it float64: at a ridge of 1e-6
-kernels rounded to float32 may not be positive definite, and are refused.
+k-th prefix predicts sum_{j<=k} a_j b_j, a = L^-1 k(x), b = L^-1 Y. (The published code, from 500 players on and where
+told to update inverses, uses that of class 0 for every class; `per_class` here always uses each class's own.) Cost of
+a permutation that stops at s players: s^3/3 + s^2 m for each kernel, s m C for utilities; n^2 numbers a kernel. All of
+it float64: at a ridge of 1e-6 kernels rounded to float32 may not be positive definite, and are refused.
 
 These are values over a set of validation queries, not representers: the utilities are not linear in phi(x).
 Source: Wang et al. 2024 (FreeShap, arXiv 2406.04606); docs/methods.md section 7.
