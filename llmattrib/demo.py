@@ -213,6 +213,8 @@ def _run_stages(config: RunConfig, narrator: Narrator) -> None:
         ridge = "" if result.ridge is None else f", ridge {result.ridge:g}"
         error = "" if result.sum_rule_error is None else f", sum-rule error {result.sum_rule_error:.1e}"
         narrator.say(f"{result.method}{ridge}{error}, {result.seconds:.1f} s: {result.path}")
+        for note in result.notes:
+            narrator.say(f"  {note}")
     narrator.stage("index", "representers into faiss, so that a prompt is answered by a look-up")
     for method in METHODS:
         build_index(config, method)
