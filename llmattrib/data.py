@@ -23,6 +23,8 @@ from llmattrib.config import DataConfig
 from llmattrib.errors import DataError, EmptyDatasetError, MissingFieldError, first_line
 from llmattrib.storage import atomic_write, read_bytes
 
+MAX_CELL = 2**31 - 1
+"""Characters of a CSV cell; Python's own limit of 131,072 is less than some documents and chats have."""
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 _SCHEMA = pa.schema([("id", pa.string()), ("prompt", pa.string()), ("completion", pa.string())])
 
@@ -76,7 +78,7 @@ def load_examples(config: DataConfig) -> list[Example]:
     Raises:
         EmptyDatasetError: there is no such file or data set, or it has no rows.
         MissingFieldError: a row has no usable prompt, completion, messages or id.
-        DataError: the file cannot be parsed, or two rows have the same id.
+        DataError: the file cannot be read or parsed, or two rows have the same id.
     """
     examples: list[Example] = []
     places: dict[str, str] = {}
@@ -159,6 +161,10 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
 def _rows(config: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (place to name in errors, row)."""
     path = Path(config.train)
+    if "://" in config.train:
+        raise DataError(
+            f"data.train is {config.train}", expected="a local file or the name of a data set", fix="copy it here first"
+        )
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise DataError(
@@ -206,6 +212,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(MAX_CELL)
         reader = csv.DictReader(file, strict=True)
         try:
             for row in reader:

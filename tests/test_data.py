@@ -167,6 +167,16 @@ def test_unusable_files_and_rows(tmp_path: Path, name: str, text: str, error: ty
     assert type(caught.value) is error
 
 
+def test_long_cells(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", [ROWS[0] | {"prompt": "x" * 200_000}])
+    assert len(load_examples(DataConfig(train=path))[0].prompt_text) == 200_000
+
+
+def test_a_url_is_no_data_set() -> None:
+    with pytest.raises(DataError, match=r"(?s)data\.train is s3://bucket/train\.jsonl.*copy it here"):
+        load_examples(DataConfig(train="s3://bucket/train.jsonl"))
+
+
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(EmptyDatasetError, match=r"there is no file nowhere/train.jsonl"):
         load_examples(DataConfig(train="nowhere/train.jsonl"))
