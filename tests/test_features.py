@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +270,25 @@ def test_no_base_weight_or_embedding_gradient_is_formed(tmp_path: Path) -> None:
     extractor, _ = trained_pair(tmp_path, "llama", 4, 8.0, False, "loss")
     features(extractor, [examples(3)])
     assert all(not p.requires_grad and p.grad is None for p in extractor.loaded.model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_pass_for_a_batch_that_stops_at_the_lowest_lora_layer(tmp_path: Path, family: str) -> None:
+    base = tiny_model_dir(tmp_path, family)
+    loaded = load_model(ModelConfig(name=base, device="cpu", lora=LoraConfig(layers="1-1")), adapters=[])
+    extractor = Extractor(loaded, FeaturesConfig(num_inits=3), 0)
+    model = loaded.model.get_base_model()
+    blocks = model.transformer.h if family == "gpt2" else model.model.layers
+    seen: list[tuple[str, bool]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args, output: seen.append((name, (output if name else output.logits).requires_grad))
+
+    for name, module in (("embedding", model.get_input_embeddings()), ("block 0", blocks[0]), ("block 1", blocks[1])):
+        module.register_forward_hook(note(name))
+    model.register_forward_hook(note(""))
+    features(extractor, [examples(5)])
+    assert seen == [("embedding", False), ("block 0", False), ("block 1", True), ("", True)]
 
 
 def test_non_finite_rows_are_named(tmp_path: Path) -> None:
