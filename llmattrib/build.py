@@ -27,7 +27,7 @@ from llmattrib.features.sketch import Sketch, SketchPlan
 from llmattrib.lock import locked
 from llmattrib.model import load_model
 from llmattrib.progress import Progress, silent
-from llmattrib.storage import atomic_write, exists
+from llmattrib.storage import atomic_write, exists, local_path
 from llmattrib.store import Manifest, RowStore
 
 PACKAGES = ("llmattrib", "numpy", "peft", "tokenizers", "torch", "transformers", "zarr")
@@ -64,12 +64,19 @@ def run_adapters(config: RunConfig) -> list[str]:
     """Return the adapters of a run: those it names, else the one it trained, else none.
 
     Raises:
-        ModelNotFoundError: features are asked for at the trained adapter and there is none.
+        ModelNotFoundError: features are asked for at the trained adapter and there is none; or it is not local.
     """
     if config.model.adapters:
         return list(config.model.adapters)
     if exists(config.layout.adapter):
-        return [config.layout.adapter]
+        local = local_path(config.layout.adapter)
+        if local is None:
+            raise ModelNotFoundError(
+                f"the adapter of the run is at {config.layout.adapter}",
+                expected="an adapter in a local folder",
+                fix="copy it here and name the copy in model.adapters",
+            )
+        return [str(local)]
     if config.features.linearisation == "trained":
         raise ModelNotFoundError(
             f"there is no adapter: model.adapters is empty and {config.layout.adapter} does not exist",

@@ -28,6 +28,7 @@ from llmattrib.errors import (
 from llmattrib.features.extract import COLUMNS, Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
 from llmattrib.lock import locked
+from llmattrib.storage import atomic_write
 from llmattrib.store import RowStore
 
 
@@ -238,6 +239,17 @@ def test_the_adapter_that_was_trained_here_is_found(tmp_path):
     build_features(config)
     build_features(given)
     assert contents(config.layout.features) == contents(given.layout.features)
+
+
+def test_the_adapter_of_a_run_at_a_url(tmp_path, run):
+    adapter = Path(tiny_adapter_dir(tmp_path / "run", run.model.name))
+    at_url = run.model_copy(update={"run_dir": f"file://{run.run_dir}"})
+    assert build.run_adapters(at_url) == build.run_adapters(run) == [str(adapter)]
+    remote = run.model_copy(update={"run_dir": f"memory://{tmp_path.name}"})
+    assert build.run_adapters(remote) == []
+    atomic_write(remote.layout.adapter + "/adapter_config.json", b"{}")
+    with pytest.raises(ModelNotFoundError, match=r"is at memory://[\s\S]*name the copy in model\.adapters"):
+        build.run_adapters(remote)
 
 
 # ------------------------------------------------------------------------------------------------ errors
