@@ -134,17 +134,20 @@ class Permutation:
             MethodError: it does not fit the memory.
         """
         solver = self._solver(game, queries)
-        shape = (len(queries), *game.responses.shape)
+        (n, c), m = game.responses.shape, len(queries)
 
-        def gains(order: Int[np.ndarray, " n"]) -> Float[np.ndarray, "m n c"]:
-            values, start = np.empty(shape), 0
+        def gains(order: Int[np.ndarray, " n"]) -> Float[np.ndarray, "c m n"]:
+            values, start = np.empty((c, m, n)), 0  # three times quicker to fill with players last
             for steps in solver.steps(order):
                 players = order[start : start + len(steps.responses)]
-                values[:, players] = steps.queries[:, :, None] * steps.responses
+                for output in range(c):
+                    values[output][:, players] = steps.queries * steps.responses[:, output]
                 start += len(players)
             return values
 
-        return Moments.of(self._samples(shape[1], gains, progress), shape)
+        moments = Moments.of(self._samples(n, gains, progress), (c, m, n))
+        parts = (moments.mean, moments.m2, moments.low, moments.high)
+        return Moments(moments.count, *(np.moveaxis(part, 0, 2) for part in parts))
 
     def measure_utility(
         self, game: KernelGame, queries: Float[np.ndarray, "m p"], utility: Utility, progress: Progress = silent
@@ -252,7 +255,7 @@ class _Cholesky:
         # The transpose of a symmetric matrix in C order is itself in Fortran order, which LAPACK takes without a copy.
         factor, failed = self._potrf(self._both.T, lower=1, overwrite_a=1, clean=0)
         assert not failed, "lam > 0 keeps it positive definite"
-        solved = self._trsm(1.0, factor, self.sides[:, order].T, lower=1, overwrite_b=1)
+        solved = self._trsm(1.0, factor, self.sides.take(order, axis=1).T, lower=1, overwrite_b=1)
         yield Steps(solved[:, : self.num_queries].T, solved[:, self.num_queries :])
 
 
