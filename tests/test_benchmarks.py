@@ -1,0 +1,18 @@
+"""Figures in the README are those that the benchmarks wrote."""
+
+import json
+
+from benchmarks.demo import BEGIN, END, README, RESULT, pool, table
+
+
+def test_the_readme_table_is_rendered_from_the_result() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert text.partition(BEGIN)[2].partition(END)[0] == table(json.loads(RESULT.read_text()))
+
+
+def test_pooling_weighs_prompts_equally() -> None:
+    def run(recall: float, count: int) -> dict[str, object]:
+        return {"methods": {"shapley": {"swapped": {"recall@1": recall, "recall@5": 1.0, "count": count}}}}
+
+    pooled = pool([run(1.0, 30), run(0.5, 10), run(0.0, 0)])
+    assert pooled == {"shapley": {"swapped": {"recall@1": 0.875, "recall@5": 1.0, "count": 40}}}
