@@ -130,7 +130,7 @@ def runs():
     game, queries = make(6, 4)
     truth = np.einsum("mp,ncp->mnc", queries[:3], Enumeration().init(game).representers)
     return {
-        row.name: ([row.sample(game, queries[:3], seed, 32) for seed in range(NUM_RUNS)], truth)
+        row.name: ([row.sample(game, queries[:3], seed, 20) for seed in range(NUM_RUNS)], truth)
         for row in SAMPLED_ESTIMATORS
     }
 

@@ -124,9 +124,9 @@ def test_all_permutations_give_the_shapley_value():
 
 def test_pairs_reduce_the_noise_of_equally_many_permutations():
     game, queries = make(40, 6, ridge=1.0, c=1)
-    paired = Permutation(num_permutations=200).measure(game, queries)
-    single = Permutation(num_permutations=200, antithetic=False).measure(game, queries)
-    assert (paired.count, single.count) == (100, 200)
+    paired = Permutation(num_permutations=120).measure(game, queries)
+    single = Permutation(num_permutations=120, antithetic=False).measure(game, queries)
+    assert (paired.count, single.count) == (60, 120)
     assert np.median(paired.standard_error) < 0.9 * np.median(single.standard_error)
     gap = np.abs(paired.mean - single.mean) / np.hypot(paired.standard_error, single.standard_error)
     assert gap.max() < 4.5

@@ -66,10 +66,10 @@ def test_mean_of_samples_is_the_representers_of_the_same_draws():
 def test_every_measure_is_met_within_its_standard_error(semivalue):
     game = make(6, 4, ridge=0.3, c=1)
     truth = Enumeration(semivalue).init(game).representers
-    moments = Subset(semivalue, num_draws=1000).measure(game, np.eye(4))
+    moments = Subset(semivalue, num_draws=600).measure(game, np.eye(4))
     gaps = (moments.mean - np.moveaxis(truth, 2, 0)) / moments.standard_error
     assert np.abs(gaps).max() < 4.5
-    assert (moments.standard_error < 0.2 * np.abs(truth).max()).all()
+    assert (moments.standard_error < 0.25 * np.abs(truth).max()).all()
 
 
 @pytest.mark.parametrize(("semivalue", "members"), [(LEAVE_ONE_OUT, True), (ame([0.0]), False)])
@@ -222,7 +222,7 @@ def test_sampled_queries_are_rows_and_combinations_of_their_size():
 
 def test_moments_of_a_measurement_give_signs():
     game = make(8, 3, ridge=1.0, c=1)
-    moments = Subset(num_draws=800).measure(game, game.features)
+    moments = Subset(num_draws=500).measure(game, game.features)
     assert isinstance(moments, Moments)
     signs, truth = moments.signs(), np.einsum("mp,ncp->mnc", game.features, Enumeration().init(game).representers)
     assert (signs[signs != 0] == np.sign(truth)[signs != 0]).all()
