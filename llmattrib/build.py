@@ -221,7 +221,7 @@ def _prepare(config: RunConfig, extractor: Extractor, encoded: EncodedSet) -> li
 
 def _plan(config: RunConfig, extractor: Extractor, encoded: Sequence[Encoded]) -> SketchPlan:
     sketch, sample = config.features.sketch, calibration_batches(config, encoded)
-    with _device_memory(config, max(map(len, sample))):
+    with batch_memory(config, max(map(len, sample))):
         return extractor.plan(sketch.kind, config.seed, sketch.dim, sample)
 
 
@@ -305,7 +305,7 @@ def extract_rows(
     columns = {name: np.empty(len(encoded), np.float32) for name in COLUMNS}
     num_done = 0
     for batch in length_batches(list(map(len, encoded)), config.features.tokens_per_batch):
-        with _device_memory(config, len(batch)):
+        with batch_memory(config, len(batch)):
             features = extractor.extract([encoded[row] for row in batch], sketch)
         bad = features.nonfinite_rows()
         if bad:
@@ -326,7 +326,7 @@ def _not_finite(example: Example, loss: float) -> NonFiniteGradientError:
     )
 
 
-def _device_memory(config: RunConfig, num_examples: int) -> AbstractContextManager[None]:
+def batch_memory(config: RunConfig, num_examples: int) -> AbstractContextManager[None]:
     """Name the batch size to try when a batch of features does not fit."""
     budget = config.features.tokens_per_batch
     smaller = f"set features.tokens_per_batch={max(1, budget // 2)}"

@@ -125,7 +125,7 @@ def example_text(prompt: str, completion: str, width: int) -> Text:
 def print_hits(hits: Hits) -> None:
     """Print the tables of the most helpful and the most harmful examples of one query."""
     console = Console()
-    source = "generated" if hits.generated else "given"
+    source = "generated, cut off" if hits.is_cut else "generated" if hits.generated else "given"
     width = console.width
     console.print(example_text(hits.prompt, hits.completion, width - 13), f"[dim]({source})[/dim]", highlight=False)
     shares = "shares of the sum of |value|" + ("" if hits.shares_exact else ", estimated from a sample")
@@ -152,7 +152,7 @@ def _hits_table(title: str, style: str, rows: Sequence[Hit], width: int) -> Tabl
     used = 2 * 4 + max(len(str(len(rows))), 1) + 9 + 6 + id_width
     for hit in rows:
         text = example_text(hit.prompt, hit.completion, width - used)
-        table.add_row(str(hit.rank), f"{hit.value:+.3g}", f"{hit.share:+.1%}", printable(hit.id), text)
+        table.add_row(str(hit.rank), f"{hit.value:+.3g}", f"{hit.share:+.1%}", Text(printable(hit.id)), text)
     return table
 
 

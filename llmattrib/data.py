@@ -45,12 +45,14 @@ class Example:
         id: its unique name.
         prompt: the turns before the completion, at least one.
         completion: the text that was trained on.
+        is_whole: whether the completion ends there. A generated answer may be cut off; no end of turn follows it.
     """
 
     index: int
     id: str
     prompt: tuple[Message, ...]
     completion: str
+    is_whole: bool = True
 
     @property
     def prompt_text(self) -> str:

@@ -316,7 +316,9 @@ def _parts(
     prefix = encode_prompt(example.prompt, tokenizer, config)
     if not config.label_words:
         completion = _ids(tokenizer, example.completion)
-        return prefix, [*completion, end_of_turn_id(tokenizer, config)], -1
+        if example.is_whole or not completion:
+            completion.append(end_of_turn_id(tokenizer, config))
+        return prefix, completion, -1
     words = [word.strip() for word in config.label_words]
     if example.completion.strip() not in words:
         raise LabelWordError(

@@ -34,9 +34,9 @@ class Query:
         """Make a query of a plain prompt or of chat turns."""
         return cls(user_message(prompt) if isinstance(prompt, str) else tuple(prompt), completion)
 
-    def answered(self, completion: str) -> Example:
-        """Return the query with `completion` as an example to encode."""
-        return Example(0, self.id or "query", self.prompt, completion)
+    def answered(self, completion: str, is_whole: bool = True) -> Example:
+        """Return the query with `completion`, cut off unless `is_whole`, as an example to encode."""
+        return Example(0, self.id or "query", self.prompt, completion, is_whole)
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Hits:
         prompt: the prompt, for display.
         completion: the answer that was traced.
         generated: whether the model generated it.
+        is_cut: whether it was cut at `query.max_new_tokens`; it is then traced without an end of turn.
         method: whose values these are.
         helpful: the largest positive values, largest first.
         harmful: the most negative values, most negative first.
@@ -85,6 +86,7 @@ class Hits:
     prompt: str
     completion: str
     generated: bool
+    is_cut: bool
     method: str
     helpful: tuple[Hit, ...]
     harmful: tuple[Hit, ...]

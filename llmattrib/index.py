@@ -184,8 +184,8 @@ def build_index(config: RunConfig, method: Method, progress: Progress = silent) 
     if stored is not None and is_reused:
         manifest = stored
     else:
-        storage.remove(layout.index_manifest(method))
         index, sample = _fill(store, config, progress)
+        storage.remove(layout.index_manifest(method))
         manifest["num_bytes"] = _write_index(index, path)
         buffer = io.BytesIO()
         np.save(buffer, sample)

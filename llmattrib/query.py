@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from llmattrib.build import extract_rows, load_extractor, model_fingerprint
+from llmattrib.build import batch_memory, extract_rows, load_extractor, model_fingerprint
 from llmattrib.config import Method, RunConfig, load_config
 from llmattrib.data import Example, Message, read_examples
 from llmattrib.encoding import Encoded, collate, encode, encode_prompt, end_of_turn_id, length_batches
@@ -183,6 +183,7 @@ class Run:
                     prompt=example.prompt_text,
                     completion=example.completion,
                     generated=query.completion is None,
+                    is_cut=not example.is_whole,
                     method=method,
                     helpful=self._hits(pools[0], row, top, 1, float(magnitudes[row])),
                     harmful=self._hits(pools[1], row, top, -1, float(magnitudes[row])),
@@ -220,23 +221,27 @@ class Run:
         """
         unanswered = [row for row, query in enumerate(queries) if query.completion is None]
         generated = dict(zip(unanswered, self._generate([queries[row] for row in unanswered]), strict=True))
-        return [query.answered(generated.get(row, query.completion or "")) for row, query in enumerate(queries)]
+        given = [(query.completion or "", True) for query in queries]
+        return [query.answered(*generated.get(row, given[row])) for row, query in enumerate(queries)]
 
     def features(self, examples: Sequence[Example], encoded: Sequence[Encoded]) -> Float[np.ndarray, "q c p"]:
         """Return the features of answered queries, as the store holds them for training examples, in float32."""
         return extract_rows(self.config, self.extractor, self._sketch, encoded, examples)[0]
 
-    def _generate(self, queries: Sequence[Query]) -> list[str]:
+    def _generate(self, queries: Sequence[Query]) -> list[tuple[str, bool]]:
+        """Return answers, and whether each ended by itself."""
         if not queries:
             return []
         loaded, data = self.extractor.loaded, self.config.data
         loaded.use(loaded.adapter_names[0])
         prompts = [encode_prompt(query.prompt, loaded.tokenizer, data) for query in queries]
         if data.label_words:
-            return self._likeliest_labels(prompts)
-        stop_ids = [end_of_turn_id(loaded.tokenizer, data)]
-        answers = loaded.generate(prompts, self.config.query.max_new_tokens, stop_ids)
-        return [str(loaded.tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+            return [(label, True) for label in self._likeliest_labels(prompts)]
+        stop_ids, limit = [end_of_turn_id(loaded.tokenizer, data)], self.config.query.max_new_tokens
+        answers = loaded.generate(prompts, limit, stop_ids)
+        texts = [str(loaded.tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+        is_whole = [len(answer) < limit for answer in answers]
+        return [(text if whole else text.rstrip("\ufffd"), whole) for text, whole in zip(texts, is_whole, strict=True)]
 
     def _likeliest_labels(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         loaded, label_ids = self.extractor.loaded, list(self.extractor.label_ids)
@@ -244,7 +249,7 @@ class Run:
         labels = [0] * len(prompts)
         for rows in length_batches(list(map(len, encoded)), self.config.features.tokens_per_batch):
             batch = collate([encoded[row] for row in rows], loaded.pad_id).to(loaded.device)
-            with torch.inference_mode():
+            with torch.inference_mode(), batch_memory(self.config, len(rows)):
                 logits, _, _ = completion_logits(loaded.model, batch)
             for row, label in zip(rows, logits[:, label_ids].argmax(1).tolist(), strict=True):
                 labels[row] = label

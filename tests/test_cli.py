@@ -19,6 +19,7 @@ from llmattrib import console
 from llmattrib.cli import app
 from llmattrib.config import METHODS, RunConfig, config_to_yaml
 from llmattrib.errors import ConfigError
+from llmattrib.hits import Hit, Hits
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("train", "build", "reduce", "index", "run", "query", "methods", "demo", "evaluate")
@@ -146,7 +147,8 @@ def test_query_generates_an_answer(done: tuple[str, RunConfig, Any]) -> None:
     hits = json.loads(out)
     assert hits["generated"]
     again = json.loads(llmattrib("query", path, "-p", hits["prompt"], "-c", hits["completion"], "--json").stdout)
-    assert again == hits | {"generated": False}
+    assert (again["completion"], again["generated"], again["is_cut"]) == (hits["completion"], False, False)
+    assert (again["helpful"] == hits["helpful"]) == (not hits["is_cut"]), "an answer that was cut has no end of turn"
 
 
 def test_query_json_is_one_object_a_line_for_each_method(done: tuple[str, RunConfig, Any]) -> None:
@@ -307,6 +309,15 @@ def test_wide_characters_are_counted_in_cells() -> None:
     text = console.example_text("中" * 40, "文" * 4, 40)
     assert text.cell_len <= 40
     assert text.plain.endswith("文" * 4)
+
+
+def test_ids_are_text_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    hits = tuple(Hit(rank, rank, id, "p", "c", 1.0, 0.5) for rank, id in enumerate(("[/b] x", "[red]y"), start=1))
+    console.print_hits(Hits("p", "c", True, True, "trak", hits, (), 1.0, 2, True, False))
+    shown = capsys.readouterr().out
+    assert "[/b] x" in shown
+    assert "[red]y" in shown
+    assert "(generated, cut off)" in shown
 
 
 def test_bar_is_silent_without_a_terminal_and_drawn_on_one(

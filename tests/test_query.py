@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +193,27 @@ def test_the_trained_adapter_answers_also_when_features_are_at_init(finished: Ca
     answer = ids[prompt_length:]
     if loaded.tokenizer.eos_token_id in answer:
         answer = answer[: answer.index(loaded.tokenizer.eos_token_id)]
-    assert hits.completion == loaded.tokenizer.decode(answer, skip_special_tokens=True)
-    given = run.query(PROMPT, hits.completion)
-    assert given.helpful == hits.helpful, "a generated answer is traced as if it were given"
-    assert not given.generated
+    text = loaded.tokenizer.decode(answer, skip_special_tokens=True)
+    assert hits.completion == text.rstrip("\ufffd"), "half a character at the cut is left out"
+    assert hits.is_cut == (len(answer) == config.query.max_new_tokens)
+    if not hits.is_cut:
+        given = run.query(PROMPT, hits.completion)
+        assert given.helpful == hits.helpful, "a generated answer is traced as if it were given"
+        assert not given.generated
+
+
+def test_an_answer_that_was_cut_is_traced_without_an_end(finished: Callable[[str], RunConfig]) -> None:
+    run = Run(changed(finished("init"), query={"max_new_tokens": 1}))
+    cut = run.query(PROMPT, method="grad_dot", top=NUM_ROWS)
+    assert cut.generated
+    assert cut.is_cut
+    whole = run.query(PROMPT, cut.completion, method="grad_dot", top=NUM_ROWS)
+    assert not whole.is_cut
+    assert cut.total != pytest.approx(whole.total, rel=1e-3), "the end of turn is part of the second only"
+    (example,) = run.answers([Query.of(PROMPT)])
+    tokenizer, data = run.extractor.loaded.tokenizer, run.config.data
+    with_end = encode(replace(example, is_whole=True), tokenizer, data, max_length=128).input_ids
+    assert encode(example, tokenizer, data, max_length=128).input_ids == with_end[:-1]
 
 
 @pytest.mark.parametrize("flavour", ["margin", "logits"])
@@ -387,7 +405,7 @@ def test_file_of_queries_that_is_absent_or_empty(tmp_path: Path) -> None:
 
 def test_hits_round_trip_through_json(tmp_path: Path) -> None:
     hit = Hit(1, 4, "é", "p\n", "c", 0.5, 0.25)
-    hits = Hits("p", "c", False, "trak", (hit,), (), 0.5, 9, True, False, "a")
+    hits = Hits("p", "c", False, False, "trak", (hit,), (), 0.5, 9, True, False, "a")
     write_hits([hits, hits], tmp_path / "new" / "hits.jsonl")
     lines: Sequence[str] = (tmp_path / "new" / "hits.jsonl").read_text(encoding="utf-8").splitlines()
     for line in lines:
