@@ -3,9 +3,9 @@
     python -m benchmarks.demo [--seeds 3] [--run-dir runs/demo-seeds] [--trained] [--readme]
 
 Each seed is a process of its own, from training to scoreboard. Prompts of all seeds are pooled: recall is hits over
-prompts. Finished seeds are kept. With --trained the same prompts and answers are traced with features at the trained
-adapter as well (`features.linearisation=trained`). Writes benchmarks/results/demo.json; with --readme also the table
-in README.md.
+prompts. Finished seeds are kept. The sketch of the first seed is compared with exact gradients. With --trained the
+same prompts and answers are traced with features at the trained adapter as well
+(`features.linearisation=trained`). Writes benchmarks/results/demo.json; with --readme also the table in README.md.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import torch
 from llmattrib.build import build_features
 from llmattrib.config import METHODS, load_config
 from llmattrib.demo import score
+from llmattrib.evaluate.sketch import sketch_fidelity
 from llmattrib.facts import choose_facts, make_probes
 from llmattrib.hits import Query
 from llmattrib.index import build_index
@@ -79,6 +80,14 @@ def trained_scores(folder: Path, seed: int) -> dict[str, Any]:
     return json.loads(record.read_text())  # type: ignore[no-any-return]
 
 
+def sketch_report(folder: Path) -> dict[str, Any]:
+    """Compare the sketched kernel of a finished demo with the exact one; the same as `llmattrib evaluate sketch`."""
+    path = folder / "evaluation" / "sketch.json"
+    if not path.exists():
+        sketch_fidelity(load_config(str(folder)))
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
+
+
 def pool(runs: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """Pool prompts over seeds."""
     pooled: dict[str, dict[str, dict[str, float]]] = {}
@@ -126,6 +135,7 @@ def main() -> None:
         "default_method": runs[0]["default_method"],
         "runs": figures,
         "methods": pool(runs),
+        "sketch": sketch_report(arguments.run_dir / "0"),
     }
     if arguments.trained:
         result["trained"] = pool(
