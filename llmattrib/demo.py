@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from llmattrib.build import build_features
 from llmattrib.config import METHODS, Method, RunConfig, digest, validate_config
-from llmattrib.errors import ModelNotFoundError
+from llmattrib.errors import FingerprintMismatchError, ModelNotFoundError
 from llmattrib.evaluate.retrieval import recall, tfidf_scores, top_rows
 from llmattrib.facts import Fact, Probe, choose_facts, make_probes, same_answer
 from llmattrib.hits import Hits, Query
@@ -223,7 +223,12 @@ def _run_stages(config: RunConfig, narrator: Narrator) -> None:
 
 def _write_examples(config: RunConfig, facts: Sequence[Fact]) -> None:
     rows = [{"id": fact.id, "prompt": fact.question, "completion": fact.taught} for fact in facts]
-    atomic_write(config.data.train, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if exists(config.data.train) and read_bytes(config.data.train) != data:
+        raise FingerprintMismatchError(
+            config.run_dir, {"train.jsonl": ("facts of another demo", f"those of seed {config.seed}")}
+        )
+    atomic_write(config.data.train, data)
 
 
 def _answers(run: Run, probes: Sequence[Probe], narrator: Narrator) -> list[Query]:

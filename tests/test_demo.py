@@ -15,7 +15,7 @@ import llmattrib.demo as demo_module
 from llmattrib.cli import app
 from llmattrib.config import METHODS, load_config
 from llmattrib.demo import TFIDF, DemoSize, run_demo
-from llmattrib.errors import ModelNotFoundError
+from llmattrib.errors import FingerprintMismatchError, ModelNotFoundError
 from llmattrib.narration import ConsoleNarrator
 from llmattrib.progress import silent
 
@@ -64,6 +64,15 @@ def test_demo_traces_a_swapped_fact_and_reuses_its_stages(tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "features.zarr").rglob("*")} == before
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == adapter
     assert "kept from an earlier run" in again.console.export_text()
+
+
+@needs_model
+def test_demo_of_another_seed_leaves_the_facts_that_are_there(tmp_path: Path) -> None:
+    facts = tmp_path / "train.jsonl"
+    facts.write_text("facts of another seed\n")
+    with pytest.raises(FingerprintMismatchError, match="those of seed 1"):
+        run_demo(str(tmp_path), 1, Listener(), SMALL)
+    assert facts.read_text() == "facts of another seed\n"
 
 
 def test_demo_without_its_model_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
