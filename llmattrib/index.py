@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -35,6 +34,15 @@ from llmattrib.errors import ConfigError, CorruptShardError, StaleIndexError, St
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
 from llmattrib.store import RowStore
+
+try:
+    import faiss
+except ImportError as missing:
+    raise ConfigError(
+        "faiss is not installed",
+        expected="one of its two builds, faiss-cpu or faiss-gpu, which exclude each other",
+        fix="install llmattrib with the extra `cpu` or `gpu`",
+    ) from missing
 
 SCHEMA = 1
 SAMPLE_ROWS = 4096

@@ -1,6 +1,8 @@
 """The index against plain inner products: values, order, harmful side, shares, reuse, staleness, damage."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +290,10 @@ def test_gpu_search_equals_cpu_search(tmp_path: Path, kind: str) -> None:
     on_cpu = index.search(queries, 10)
     np.testing.assert_array_equal(on_gpu[1], on_cpu[1])
     np.testing.assert_allclose(on_gpu[0], on_cpu[0], rtol=1e-4)
+
+
+def test_missing_faiss_names_the_extras() -> None:
+    code = "import sys; sys.modules['faiss'] = None; import llmattrib.index"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ConfigError: faiss is not installed" in ended.stderr
+    assert "extra `cpu` or `gpu`" in ended.stderr
