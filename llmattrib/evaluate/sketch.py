@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from scipy.stats import spearmanr
 
-from llmattrib.build import calibration_batches, encode_examples
+from llmattrib.build import calibration_batches, encode_examples, extract_rows
 from llmattrib.config import RunConfig
-from llmattrib.data import read_examples
-from llmattrib.encoding import Encoded, length_batches
+from llmattrib.data import Example, read_examples
+from llmattrib.encoding import Encoded
 from llmattrib.errors import FeatureError, MethodError
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
@@ -86,8 +86,9 @@ def sketch_fidelity(
             "this store has one feature row a class", expected="one output", fix="use features.output=margin"
         )
     extractor = Run(config).extractor
-    encoded = encode_examples(config, extractor, read_examples(config.layout.examples)).encoded[:num_examples]
-    exact = exact_features(config, extractor, encoded, progress)
+    kept = encode_examples(config, extractor, read_examples(config.layout.examples))
+    encoded, examples = kept.encoded[:num_examples], kept.examples[:num_examples]
+    exact = exact_features(config, extractor, encoded, examples, progress)
     kernel = exact @ exact.T
     plan = SketchPlan.from_json(dict(store.manifest.info["sketch_plan"]))
     dtype, size = store.manifest.dtype, np.dtype(store.manifest.dtype).itemsize
@@ -107,7 +108,11 @@ def sketch_fidelity(
 
 
 def exact_features(
-    config: RunConfig, extractor: Extractor, encoded: Sequence[Encoded], progress: Progress
+    config: RunConfig,
+    extractor: Extractor,
+    encoded: Sequence[Encoded],
+    examples: Sequence[Example],
+    progress: Progress,
 ) -> Float[np.ndarray, "m size"]:
     """Return unsketched gradients of a sample."""
     plan = extractor.plan("none", config.seed, 1, ())
@@ -118,12 +123,8 @@ def exact_features(
             expected=f"3 or more examples in at most {MAX_EXACT_BYTES / 2**30:.0f} GiB",
             fix=f"take up to {MAX_EXACT_BYTES // (4 * plan.dim)} examples with --examples",
         )
-    sketch, exact, done = Sketch(plan, extractor.loaded.device), np.empty((len(encoded), plan.dim), np.float32), 0
-    for batch in length_batches([len(item) for item in encoded], config.features.tokens_per_batch):
-        exact[batch] = extractor.extract([encoded[row] for row in batch], sketch).phi[:, 0]
-        done += len(batch)
-        progress(done, len(encoded))
-    return exact
+    sketch = Sketch(plan, extractor.loaded.device)
+    return extract_rows(config, extractor, sketch, encoded, examples, progress)[0][:, 0]
 
 
 def sketch_rows(plan: SketchPlan, exact: Float[np.ndarray, "m size"]) -> Float[np.ndarray, "m p"]:
