@@ -16,10 +16,14 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmattrib.errors import ConfigError
+from llmattrib.methods import MethodName, canonical
 from llmattrib.storage import read_bytes
 
-Method = Literal["shapley", "influence", "trak", "grad_dot", "grad_cos"]
+Method = Annotated[str, AfterValidator(canonical)]
+"""The canonical name of a method; see methods.py for its forms."""
 METHODS: tuple[Method, ...] = ("shapley", "influence", "trak", "grad_dot", "grad_cos")
+ValuesMethod = Method | Literal["permutation", "subset", "one_sample", "msr_banzhaf", "ame", "knn_shapley", "freeshap"]
+"""What `reduce` does when nothing is said."""
 OutputFunction = Literal["loss", "log_odds", "margin", "logits", "pntk"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
@@ -133,10 +137,11 @@ class FeaturesConfig(Section):
 class ReduceConfig(Section):
     """How features become representers.
 
-    `auto` follows docs/methods.md: Shapley on generation is centred, unit-norm, ridge 0.1; on label words it is
+    `auto` follows docs/methods.md: a semivalue on generation is centred, unit-norm, ridge 0.1; on label words it is
     not centred, unit-norm, ridge by leave-one-out; the gradient family takes raw features, ridge 0.1.
+    `methods` are names of methods.py; the semivalues of one run share one sweep over q.
     `ridge` is in units of the mean squared feature norm; `loo` chooses it by closed-form leave-one-out error.
-    `form` is how Shapley values are taken from the mean field: `pairs` is the most exact, `total_gradient` 2-5
+    `form` is how semivalues are taken from the mean field: `pairs` is the most exact, `total_gradient` 2-5
     times quicker, `cavity` needs no n x n system but misses the sum rule; `auto` is pairs up to 2,048 examples.
     `certificate_draws` random subsets (8 or more; 0 for none) measure the bias of the mean field.
     """
@@ -151,10 +156,25 @@ class ReduceConfig(Section):
     certificate_draws: int = Field(32, ge=0)
     dtype: Literal["float16", "float32"] = "float32"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _freeshap_is_of_values(cls, tree: Any) -> Any:
+        if isinstance(tree, Mapping) and (
+            tree.get("method") == "freeshap" or "freeshap" in (tree.get("methods") or ())
+        ):
+            raise ValueError(
+                "freeshap values examples over a validation set and has no representers: "
+                "set values.method=freeshap and values.data, and run `llmattrib values`"
+            )
+        return tree
+
     @model_validator(mode="after")
     def _has_methods(self) -> "ReduceConfig":
         if not self.methods:
             raise ValueError("methods is empty")
+        twice = sorted({name for name in self.methods if self.methods.count(name) > 1})
+        if twice:
+            raise ValueError(f"methods names {', '.join(twice)} twice")
         if 0 < self.certificate_draws < 8:
             raise ValueError("certificate_draws is below 8; take 16 to 64, or 0 for no certificate")
         return self
@@ -180,6 +200,37 @@ class QueryConfig(Section):
     max_new_tokens: PositiveInt = 48
 
 
+class ValuesConfig(Section):
+    """Data values of the training examples over a validation set: what `llmattrib values` computes.
+
+    `data` is a file or data set (then its `split`) with the fields, templates and label words of the data section;
+    `limit` takes its first examples. `method` is one of reduce's, from stored representers; `permutation`, `subset`,
+    `one_sample`, `msr_banzhaf` and `ame` sample the kernel game of reduce's settings; `knn_shapley` and `freeshap` play
+    games of their own (docs/methods.md section 7).
+    `utility`, a mean over prompts, is the game's `prediction` for the right answer (`auto`), or with label words
+    `log_likelihood` (`auto` of freeshap) or `accuracy`; values from representers and `subset` are of predictions.
+    `num_samples` are random subsets: draws that certify the signs of shapley (0 for none), and rows of the table.
+    `tolerance` stops a permutation at that part of the utility's range (`auto`: freeshap 0.05, permutation never).
+    `confidence` is of each interval; `ame` selects by knockoffs at `false_discovery_rate`.
+    """
+
+    data: Place | None = None
+    split: str = "validation"
+    limit: PositiveInt | None = None
+    method: ValuesMethod = "shapley"
+    utility: Literal["auto", "prediction", "log_likelihood", "accuracy"] = "auto"
+    num_samples: int = Field(256, ge=0)
+    num_permutations: int = Field(200, gt=0, multiple_of=2)
+    tolerance: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] | None = "auto"
+    confidence: float = Field(0.95, gt=0, lt=1)
+    ame_design: Literal["attribution", "shapley"] = "attribution"
+    false_discovery_rate: float = Field(0.1, gt=0, lt=1)
+    knn_neighbors: PositiveInt = 5
+    knn_label: Literal["hard", "soft"] = "soft"
+    freeshap_kernels: Literal["single", "per_class"] = "single"
+    freeshap_ridge: float = Field(1e-6, gt=0)
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -192,6 +243,7 @@ class RunConfig(Section):
     reduce: ReduceConfig = ReduceConfig()
     index: IndexConfig = IndexConfig()
     query: QueryConfig = QueryConfig()
+    values: ValuesConfig = ValuesConfig()
 
     @model_validator(mode="after")
     def _label_words_fit_output(self) -> "RunConfig":
@@ -235,21 +287,26 @@ class RunLayout:
         """The feature store."""
         return self.path("features.zarr")
 
+    @property
+    def validation(self) -> str:
+        """The features of the validation set of `values`."""
+        return self.path("validation.zarr")
+
     def representers(self, method: str) -> str:
         """The representer store of `method`."""
-        return self.path("representers", f"{method}.zarr")
+        return self.path("representers", f"{MethodName.parse(method).file_name}.zarr")
 
     def index(self, method: str) -> str:
         """The faiss index of `method`."""
-        return self.path("index", f"{method}.faiss")
+        return self.path("index", f"{MethodName.parse(method).file_name}.faiss")
 
     def index_manifest(self, method: str) -> str:
         """What the index of `method` was made from."""
-        return self.path("index", f"{method}.json")
+        return self.path("index", f"{MethodName.parse(method).file_name}.json")
 
     def index_sample(self, method: str) -> str:
         """A sample of the representers of `method`, for the size of all values together."""
-        return self.path("index", f"{method}.sample.npy")
+        return self.path("index", f"{MethodName.parse(method).file_name}.sample.npy")
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:

@@ -79,7 +79,11 @@ def test_every_shipped_config_is_accepted(path: Path) -> None:
         ("features.output=margin", r"features\.output=margin needs two or more data\.label_words"),
         ("reduce.methods=[]", r"methods is empty"),
         ("reduce.certificate_draws=7", r"certificate_draws is below 8; take 16 to 64"),
-        ("reduce.methods=[shapely]", r"reduce\.methods\.0: Input should be 'shapley'"),
+        (
+            "reduce.methods=[shapely]",
+            r"reduce\.methods\.0: .*'shapely' is no method; known are shapley, banzhaf",
+        ),
+        ("reduce.methods=[ame, 'ame(.8,.2,.6,.4)']", r"methods names ame twice"),
         ("reduce.ridge=-1", r"reduce\.ridge"),
         ("model.lora.layers=first", r"model\.lora\.layers: String should match pattern"),
         ("seed=-1", r"seed: Input should be greater than or equal to 0"),
