@@ -20,14 +20,13 @@ import torch
 from jaxtyping import Float32
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from llmattrib.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, check_adapter, check_shapes
 from llmattrib.config import LoraConfig, ModelConfig, digest
 from llmattrib.errors import (
     ConfigError,
-    ModelNotFoundError,
     OverlongExampleError,
     UnsupportedAdapterError,
     first_line,
@@ -38,6 +37,7 @@ from llmattrib.weights import (
     check_tokenizer,
     context_length,
     file_digest,
+    load_base,
     load_tokenizer,
     quiet_loading,
     resolve_base,
@@ -302,62 +302,58 @@ def _open_base(
         check_adapter(path, config.name, base_print)
     tokenizer = load_tokenizer(folder, adapters, trust_remote_code=config.trust_remote_code)
     context = context_length(folder, tokenizer, trust_remote_code=config.trust_remote_code)
-    base = _load_base(config, folder, dtype, resolve_device(device or config.device))
+    base = load_base(config, folder, dtype, resolve_device(device or config.device))
     check_tokenizer(tokenizer, int(base.get_input_embeddings().num_embeddings))
     return base, tokenizer, context, tokenizer_fingerprint(tokenizer) | {"base_model": base_print, "dtype": dtype}
 
 
-def _load_base(config: ModelConfig, folder: Path, dtype: str, device: torch.device) -> Any:
-    try:
-        with quiet_loading():
-            pair: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=getattr(torch, dtype),
-                attn_implementation=config.attn_implementation,
-                trust_remote_code=config.trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ModelNotFoundError(
-            f"{config.name} cannot be loaded: {first_line(error)}",
-            expected="a causal language model with safetensors weights",
-            fix="check model.name and model.attn_implementation",
-        ) from error
-    model, report = pair
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelNotFoundError(
-            f"the weights of {config.name} lack {len(missing)} tensors, the first {missing[0]}",
-            expected="weights of a causal language model",
-            fix="name the model itself, not an encoder or a part of it",
-        )
-    own = model.generation_config
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id
-    )
-    if getattr(model, "quantization_method", None) is None:
-        with memory_errors(config.name, expected="room for its weights", fix="take a smaller dtype or a larger device"):
-            model.to(device)
+def _fresh(base: Any, config: ModelConfig, seed: int) -> peft.PeftModel:
+    """Put a new LoRA adapter on the base model: A drawn from our streams, B zero."""
+    model = _attach(base, _peft_config(base, config.lora))
+    with torch.no_grad():
+        for layer in lora_layers(model, "default"):
+            a, b, _ = layer.factors("default")
+            a.copy_(lora_a_init(seed, layer, a.shape[0], 0))
+            b.zero_()
     return model
 
 
-def _fresh(base: Any, config: ModelConfig, seed: int) -> peft.PeftModel:
-    """Put a new LoRA adapter on the base model: A drawn from our streams, B zero."""
-    targets, layers = _targets(base, config.lora)
-    lora = peft.LoraConfig(
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # any number works
-        lora_dropout=config.lora.dropout,
-        use_rslora=config.lora.use_rslora,
+def empty_adapter(base: Any, lora: LoraConfig, adapter: Path | None = None) -> tuple[peft.PeftModel, list[LoraLayer]]:
+    """Put LoRA on a base model without data, frozen; return it and its layers.
+
+    Args:
+        base: a model on torch's meta device.
+        lora: shape of the adapter.
+        adapter: a PEFT folder whose adapter_config.json gives the shape instead; its weights are not read.
+
+    Raises:
+        ConfigError, UnsupportedAdapterError: the shape does not fit the model.
+    """
+    shape = _peft_config(base, lora) if adapter is None else peft.LoraConfig.from_pretrained(str(adapter))
+    with torch.device("meta"):
+        model = _attach(base, shape)
+    _only_trainable(model, [])
+    return model.eval(), lora_layers(model, "default")
+
+
+def _peft_config(base: Any, lora: LoraConfig) -> peft.LoraConfig:
+    targets, layers = _targets(base, lora)
+    return peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number works
+        lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
         target_modules=targets,
         layers_to_transform=layers,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
         task_type="CAUSAL_LM",
     )
+
+
+def _attach(base: Any, shape: peft.LoraConfig) -> peft.PeftModel:
     try:
         with _peft_quiet(), torch.random.fork_rng(devices=[]):
-            model: peft.PeftModel = peft.get_peft_model(base, lora)
+            model: peft.PeftModel = peft.get_peft_model(base, shape)
     except ValueError as error:
         linear = sorted({name.rpartition(".")[2] for name, _ in _linear_modules(base)})
         raise ConfigError(
@@ -365,11 +361,6 @@ def _fresh(base: Any, config: ModelConfig, seed: int) -> peft.PeftModel:
             expected=f"target_modules among {linear}",
             fix="correct model.lora.target_modules or model.lora.layers",
         ) from error
-    with torch.no_grad():
-        for layer in lora_layers(model, "default"):
-            a, b, _ = layer.factors("default")
-            a.copy_(lora_a_init(seed, layer, a.shape[0], 0))
-            b.zero_()
     return model
 
 

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from llmattrib.config import digest
-from llmattrib.errors import ModelNotFoundError, TokenizerMismatchError, first_line
+from llmattrib.config import ModelConfig, digest
+from llmattrib.errors import ModelNotFoundError, TokenizerMismatchError, first_line, memory_errors
 from llmattrib.storage import named_errors, require_space
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
@@ -109,6 +109,47 @@ def converted_gguf(path: Path) -> Path:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return target
+
+
+def load_base(config: ModelConfig, folder: Path, dtype: str, device: torch.device) -> Any:
+    """Load a base model from its folder, with greedy generation settings.
+
+    Raises:
+        ModelNotFoundError: it cannot be loaded, or tensors are missing.
+        DeviceMemoryError: it does not fit on the device.
+    """
+    try:
+        with quiet_loading():
+            pair: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelNotFoundError(
+            f"{config.name} cannot be loaded: {first_line(error)}",
+            expected="a causal language model with safetensors weights",
+            fix="check model.name and model.attn_implementation",
+        ) from error
+    model, report = pair
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelNotFoundError(
+            f"the weights of {config.name} lack {len(missing)} tensors, the first {missing[0]}",
+            expected="weights of a causal language model",
+            fix="name the model itself, not an encoder or a part of it",
+        )
+    own = model.generation_config
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id
+    )
+    if getattr(model, "quantization_method", None) is None:
+        with memory_errors(config.name, expected="room for its weights", fix="take a smaller dtype or a larger device"):
+            model.to(device)
+    return model
 
 
 def load_tokenizer(
