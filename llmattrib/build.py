@@ -119,7 +119,14 @@ def calibration_batches(config: RunConfig, encoded: Sequence[Encoded]) -> list[l
 
 def model_fingerprint(config: RunConfig, extractor: Extractor) -> dict[str, Any]:
     """Return what features depend on besides the examples, as JSON; a query's model must agree in all of it."""
-    features, data, loaded = config.features, config.data, extractor.loaded
+    at_init = config.features.linearisation == "init"
+    model = {key: value for key, value in extractor.loaded.fingerprint.items() if not (at_init and key == "adapters")}
+    return {"model": model, **settings_fingerprint(config)}
+
+
+def settings_fingerprint(config: RunConfig) -> dict[str, Any]:
+    """Return the part of `model_fingerprint` that is known without the model."""
+    features, data = config.features, config.data
     at_init = features.linearisation == "init"
     sketch: dict[str, Any] = {"kind": features.sketch.kind}
     if features.sketch.kind != "none":
@@ -127,7 +134,6 @@ def model_fingerprint(config: RunConfig, extractor: Extractor) -> dict[str, Any]
     if features.sketch.kind == "oporp":
         sketch["calibration_examples"] = features.sketch.calibration_examples
     return {
-        "model": {key: value for key, value in loaded.fingerprint.items() if not (at_init and key == "adapters")},
         "features": {
             "output": features.output,
             "linearisation": features.linearisation,
@@ -150,7 +156,10 @@ def resolved_config(config: RunConfig) -> RunConfig:
         update={"name": _absolute(model.name), "adapters": tuple(_absolute(path) for path in model.adapters)}
     )
     data = data.model_copy(update={"train": _absolute(data.train)})
-    return config.model_copy(update={"model": model, "data": data})
+    values = config.values
+    if values.data is not None:
+        values = values.model_copy(update={"data": _absolute(values.data)})
+    return config.model_copy(update={"model": model, "data": data, "values": values})
 
 
 def _absolute(name: str) -> str:

@@ -22,8 +22,11 @@ from llmattrib.storage import read_bytes
 Method = Annotated[str, AfterValidator(canonical)]
 """The canonical name of a method; see methods.py for its forms."""
 METHODS: tuple[Method, ...] = ("shapley", "influence", "trak", "grad_dot", "grad_cos")
-ValuesMethod = Method | Literal["permutation", "subset", "one_sample", "msr_banzhaf", "ame", "knn_shapley", "freeshap"]
 """What `reduce` does when nothing is said."""
+ValuesMethod = (
+    Literal["permutation", "subset", "one_sample", "msr_banzhaf", "ame_lasso", "knn_shapley", "freeshap"] | Method
+)
+"""Data values by sampling or a game of their own, or by a method of reduce."""
 OutputFunction = Literal["loss", "log_odds", "margin", "logits", "pntk"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
@@ -159,9 +162,8 @@ class ReduceConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _freeshap_is_of_values(cls, tree: Any) -> Any:
-        if isinstance(tree, Mapping) and (
-            tree.get("method") == "freeshap" or "freeshap" in (tree.get("methods") or ())
-        ):
+        named = (tree.get("method"), tree.get("methods")) if isinstance(tree, Mapping) else ()
+        if any(value == "freeshap" or (isinstance(value, list | tuple) and "freeshap" in value) for value in named):
             raise ValueError(
                 "freeshap values examples over a validation set and has no representers: "
                 "set values.method=freeshap and values.data, and run `llmattrib values`"
@@ -205,13 +207,13 @@ class ValuesConfig(Section):
 
     `data` is a file or data set (then its `split`) with the fields, templates and label words of the data section;
     `limit` takes its first examples. `method` is one of reduce's, from stored representers; `permutation`, `subset`,
-    `one_sample`, `msr_banzhaf` and `ame` sample the kernel game of reduce's settings; `knn_shapley` and `freeshap` play
+    `one_sample`, `msr_banzhaf` and `ame_lasso` sample the kernel game of reduce's settings; `knn_shapley` and `freeshap` play
     games of their own (docs/methods.md section 7).
     `utility`, a mean over prompts, is the game's `prediction` for the right answer (`auto`), or with label words
     `log_likelihood` (`auto` of freeshap) or `accuracy`; values from representers and `subset` are of predictions.
-    `num_samples` are random subsets: draws that certify the signs of shapley (0 for none), and rows of the table.
+    `num_samples` are random subsets: draws that certify the signs of a semivalue (0 for none), and rows of the table.
     `tolerance` stops a permutation at that part of the utility's range (`auto`: freeshap 0.05, permutation never).
-    `confidence` is of each interval; `ame` selects by knockoffs at `false_discovery_rate`.
+    `confidence` is of each interval; `ame_lasso` selects by knockoffs at `false_discovery_rate`.
     """
 
     data: Place | None = None

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from llmattrib.build import batch_memory, extract_rows, load_extractor, model_fingerprint
 from llmattrib.config import Method, RunConfig, load_config
-from llmattrib.data import Example, Message, read_examples
+from llmattrib.data import Example, Message, label_word, read_examples
 from llmattrib.encoding import Encoded, collate, encode, encode_prompt, end_of_turn_id, length_batches
 from llmattrib.errors import FingerprintMismatchError, MethodError, StaleIndexError
 from llmattrib.features.extract import Extractor
@@ -36,6 +36,25 @@ from llmattrib.store import RowStore
 
 Pool = tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]
 """Values and rows found for each query, best first."""
+
+
+def transform(
+    phi: Float[np.ndarray, "q c p"], mean: Float[np.ndarray, "c p"], normalize: bool
+) -> Float[np.ndarray, "q c p"]:
+    """Centre and scale query features as the representers of a method expect them."""
+    return unit_rows(phi - mean) if normalize else phi - mean
+
+
+def in_slots(rows: Float[np.ndarray, "q c p"], slots: Int[np.ndarray, " q"]) -> Float[np.ndarray, "q c p"]:
+    """Keep the row of the output that each query is about; zeros elsewhere."""
+    kept = np.zeros_like(rows)
+    kept[np.arange(len(rows)), slots] = rows[np.arange(len(rows)), slots]
+    return kept
+
+
+def answered_slots(labels: Int[np.ndarray, " q"], output: str) -> Int[np.ndarray, " q"]:
+    """Return the output each query is about: its class for features of `logits`, the only one otherwise."""
+    return labels if output == "logits" else np.zeros_like(labels)
 
 
 @dataclass(frozen=True)
@@ -56,9 +75,7 @@ class _Attribution:
 
     def query_vectors(self, phi: Float[np.ndarray, "q c p"], slots: Int[np.ndarray, " q"]) -> Float[np.ndarray, "q d"]:
         """Return what inner products are taken with: features transformed, in the slot of the answered class."""
-        chosen = (phi - self.mean)[np.arange(len(phi)), slots]
-        vectors = np.zeros_like(phi)
-        vectors[np.arange(len(phi)), slots] = unit_rows(chosen) if self.normalize else chosen
+        vectors = in_slots(transform(phi, self.mean, self.normalize), slots)
         return vectors.reshape(len(phi), phi.shape[1] * phi.shape[2])
 
 
@@ -113,7 +130,8 @@ class Run:
         return extractor
 
     @cached_property
-    def _sketch(self) -> Sketch:
+    def sketch(self) -> Sketch:
+        """The sketch of the stored features."""
         plan = SketchPlan.from_json(dict(self._features.manifest.info["sketch_plan"]))
         return Sketch(plan, self.extractor.loaded.device)
 
@@ -171,9 +189,10 @@ class Run:
         examples = self.answers(queries)
         encoded = [self._encode(example) for example in examples]
         phi = self.features(examples, encoded)
+        slots = answered_slots(np.array([item.label for item in encoded], np.int64), self.config.features.output)
         hits: dict[Method, list[Hits]] = {}
         for method, attribution in found.items():
-            vectors = attribution.query_vectors(phi, self._slots(encoded))
+            vectors = attribution.query_vectors(phi, slots)
             pools = [attribution.index.search(vectors, max(top, rerank), largest) for largest in (True, False)]
             if rerank:
                 pools = self._reranked(attribution, examples, encoded, pools)
@@ -217,16 +236,22 @@ class Run:
     def answers(self, queries: Sequence[Query]) -> list[Example]:
         """Return each query with its completion, generated greedily by the run's (first) adapter where there is none.
 
-        Without an adapter the base model answers. With label words the answer is the likeliest of them.
+        Without an adapter the base model answers. With label words the answer is the likeliest of them, and a given
+        completion may be a label word or what `data.label_map` makes one.
         """
+        data = self.config.data
         unanswered = [row for row, query in enumerate(queries) if query.completion is None]
         generated = dict(zip(unanswered, self._generate([queries[row] for row in unanswered]), strict=True))
-        given = [(query.completion or "", True) for query in queries]
-        return [query.answered(*generated.get(row, given[row])) for row, query in enumerate(queries)]
+        given = {
+            row: (label_word(f"query {query.id or row + 1}", query.completion, data, or_word=True), True)
+            for row, query in enumerate(queries)
+            if query.completion is not None
+        }
+        return [query.answered(*(generated | given)[row]) for row, query in enumerate(queries)]
 
     def features(self, examples: Sequence[Example], encoded: Sequence[Encoded]) -> Float[np.ndarray, "q c p"]:
         """Return the features of answered queries, as the store holds them for training examples, in float32."""
-        return extract_rows(self.config, self.extractor, self._sketch, encoded, examples)[0]
+        return extract_rows(self.config, self.extractor, self.sketch, encoded, examples)[0]
 
     def _generate(self, queries: Sequence[Query]) -> list[tuple[str, bool]]:
         """Return answers, and whether each ended by itself."""
@@ -272,11 +297,6 @@ class Run:
             mean, total = store.read_vector("mean"), store.read_vector("total").reshape(-1)
             self._attributions[method] = _Attribution(index, mean, total, bool(store.manifest.info["normalize"]))
         return self._attributions[method]
-
-    def _slots(self, encoded: Sequence[Encoded]) -> Int[np.ndarray, " q"]:
-        """Return the output each query is about: its class for `logits`, the only one otherwise."""
-        is_by_class = self.config.features.output == "logits"
-        return np.array([item.label if is_by_class else 0 for item in encoded], dtype=np.int64)
 
     def _reranked(
         self, attribution: _Attribution, examples: Sequence[Example], encoded: Sequence[Encoded], pools: list[Pool]

@@ -153,7 +153,7 @@ def _check_response(response: Response, output: str, has_labels: bool) -> None:
         )
 
 
-class _Reader:
+class FeatureReader:
     """The feature store as methods see it, centred and scaled; statistics are kept for later methods."""
 
     def __init__(self, store: RowStore) -> None:
@@ -239,7 +239,7 @@ def _reduce(config: RunConfig, progress: Progress) -> list[dict[str, Any]]:
     """Return the fields of each method's result; what ranks tell each other is JSON."""
     store = RowStore.open(config.layout.features)
     store.require_complete()
-    reader, reduce = _Reader(store), config.reduce
+    reader, reduce = FeatureReader(store), config.reduce
     has_labels = bool(store.manifest.fingerprint["encoding"]["label_words"])
     num_rows = store.manifest.num_rows
     settings = [resolve(reduce, method, reader.output, has_labels, num_rows) for method in reduce.methods]
@@ -255,7 +255,7 @@ def _reduce(config: RunConfig, progress: Progress) -> list[dict[str, Any]]:
     return results
 
 
-def _reduce_method(path: str, settings: Settings, reader: _Reader, progress: Progress) -> dict[str, Any]:
+def _reduce_method(path: str, settings: Settings, reader: FeatureReader, progress: Progress) -> dict[str, Any]:
     """Reuse the store of a method, or make it."""
     started = time.perf_counter()
     resolved = dataclasses.asdict(settings)
@@ -297,9 +297,9 @@ Representers = Callable[[], Iterator[tuple[int, Float[np.ndarray, "m c p"]]]]
 """A pass over (first row, representers), shard by shard."""
 
 
-def _compute(settings: Settings, reader: _Reader, progress: Progress) -> tuple[dict[str, Any], Representers]:
+def _compute(settings: Settings, reader: FeatureReader, progress: Progress) -> tuple[dict[str, Any], Representers]:
     """Return what to note about a method and its representers."""
-    ridge, curve, notes = _choose_ridge(settings, reader)
+    ridge, curve, notes = choose_ridge(settings, reader)
     info: dict[str, Any] = {"ridge": ridge, "loo_curve": curve}
     if settings.method == "shapley":
         assert ridge is not None
@@ -313,7 +313,9 @@ def _compute(settings: Settings, reader: _Reader, progress: Progress) -> tuple[d
     return {**info, "notes": notes}, representers
 
 
-def _choose_ridge(settings: Settings, reader: _Reader) -> tuple[float | None, list[tuple[float, float]], list[str]]:
+def choose_ridge(
+    settings: Settings, reader: FeatureReader
+) -> tuple[float | None, list[tuple[float, float]], list[str]]:
     """Return the relative ridge, the leave-one-out curve it was chosen by, and notes."""
     if settings.ridge != "loo":
         return settings.ridge, [], []
@@ -336,7 +338,7 @@ def _choose_ridge(settings: Settings, reader: _Reader) -> tuple[float | None, li
     return LOO_GRID[best], curve, notes
 
 
-def _scorer(settings: Settings, ridge: float | None, reader: _Reader) -> Scorer[Any]:
+def _scorer(settings: Settings, ridge: float | None, reader: FeatureReader) -> Scorer[Any]:
     if settings.method == "grad_dot":
         return GradDot()
     if settings.method == "grad_cos":
@@ -347,7 +349,7 @@ def _scorer(settings: Settings, ridge: float | None, reader: _Reader) -> Scorer[
     return Trak(ridge, weighted=reader.output != "loss")
 
 
-def _score(scorer: Scorer[Any], settings: Settings, reader: _Reader, progress: Progress) -> Representers:
+def _score(scorer: Scorer[Any], settings: Settings, reader: FeatureReader, progress: Progress) -> Representers:
     state = scorer.init(reader.features(settings))
     log_odds, num_rows = reader.log_odds, reader.manifest.num_rows
 
@@ -361,7 +363,7 @@ def _score(scorer: Scorer[Any], settings: Settings, reader: _Reader, progress: P
 
 
 def _shapley(
-    settings: Settings, ridge: float, reader: _Reader, progress: Progress
+    settings: Settings, ridge: float, reader: FeatureReader, progress: Progress
 ) -> tuple[dict[str, Any], Representers]:
     """Play the kernel game, one for each output."""
     assert settings.response is not None
@@ -413,7 +415,7 @@ def _shapley(
 
 def _write(
     path: str,
-    reader: _Reader,
+    reader: FeatureReader,
     settings: Settings,
     fingerprint: dict[str, str],
     info: dict[str, Any],

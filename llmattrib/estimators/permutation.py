@@ -17,7 +17,7 @@ under reversal cancels. Sample k depends on the seed and k only, so workers take
 Sources: docs/methods.md section 3; Castro et al. 2009 (permutations); Wang et al. 2024 (FreeShap, truncation).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -33,8 +33,8 @@ from llmattrib.games.memory import require_memory
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
 
-Utility = Callable[[Float[np.ndarray, "k m c"]], Float[np.ndarray, "k m"]]
-"""Maps predictions of k subsets for m queries to their worth."""
+Utility = Callable[[Float[np.ndarray, "k m c"]], Float[np.ndarray, "k u"]]
+"""Maps predictions of k subsets for m queries to their worth, for each query (u = m) or for all together (u = 1)."""
 _STREAMED = 1 << 22  # predictions held together
 
 
@@ -75,15 +75,15 @@ class UtilityResult:
     """Values of a utility.
 
     Attributes:
-        moments: of shape [m, n].
-        empty: [m] utility of no players.
-        full: [m] utility of all.
+        moments: of shape [u, n].
+        empty: [u] utility of no players.
+        full: [u] utility of all.
         mean_prefixes: players that entered before truncation, mean over permutations.
     """
 
     moments: Moments
-    empty: Float[np.ndarray, " m"]
-    full: Float[np.ndarray, " m"]
+    empty: Float[np.ndarray, " u"]
+    full: Float[np.ndarray, " u"]
     mean_prefixes: float
 
 
@@ -152,7 +152,7 @@ class Permutation:
     def measure_utility(
         self, game: KernelGame, queries: Float[np.ndarray, "m p"], utility: Utility, progress: Progress = silent
     ) -> UtilityResult:
-        """Estimate the Shapley values of all players in a utility of the prediction, for each query.
+        """Estimate the Shapley values of all players in a utility of the prediction.
 
         Args:
             game: the kernel game.
@@ -163,17 +163,39 @@ class Permutation:
         Raises:
             MethodError: it does not fit the memory.
         """
-        solver = self._solver(game, queries)
-        (n, c), m = game.responses.shape, len(queries)
-        ends = np.stack([np.zeros((m, c)), game.value(np.ones(n, bool), queries.astype(np.float64, copy=False))])
-        empty, full = utility(ends)
+        return self.measure_joint_utility([(game, queries)], utility, progress)
+
+    def measure_joint_utility(
+        self,
+        games: Sequence[tuple[KernelGame, Float[np.ndarray, "m p"]]],
+        utility: Utility,
+        progress: Progress = silent,
+    ) -> UtilityResult:
+        """Estimate the Shapley values in a utility of the predictions of several games of the same players together.
+
+        Args:
+            games: kernel games with their query features, of one shape; their responses are the c predictions in turn.
+            utility: what predictions are worth.
+            progress: called with (samples done, samples).
+
+        Raises:
+            MethodError: it does not fit the memory.
+        """
+        solvers = [self._solver(game, queries) for game, queries in games]
+        n, m = len(games[0][0].features), len(games[0][1])
+        whole = [game.value(np.ones(n, bool), queries.astype(np.float64, copy=False)) for game, queries in games]
+        full_predictions = np.concatenate(whole, axis=1)
+        c = full_predictions.shape[1]
+        empty, full = utility(np.stack([np.zeros((m, c)), full_predictions]))
         close = None if self.tolerance is None else self.tolerance * abs(float(full.mean() - empty.mean()))
         num_prefixes = []
 
-        def gains(order: Int[np.ndarray, " n"]) -> Float[np.ndarray, "m n"]:
-            values, start, before, worth, run = np.zeros((m, n)), 0, np.zeros((m, c)), empty, 0
-            for steps in _split(solver.steps(order), max(1, _STREAMED // (m * c))):
-                predictions = steps.queries.T[:, :, None] * steps.responses[:, None, :]
+        def gains(order: Int[np.ndarray, " n"]) -> Float[np.ndarray, "u n"]:
+            values, start, before, worth, run = np.zeros((len(full), n)), 0, np.zeros((m, c)), empty, 0
+            max_rows = max(1, _STREAMED // (m * c))
+            for parts in zip(*(_split(solver.steps(order), max_rows) for solver in solvers), strict=True):
+                increments = [steps.queries.T[:, :, None] * steps.responses[:, None, :] for steps in parts]
+                predictions = np.concatenate(increments, axis=2)
                 predictions[0] += before
                 np.cumsum(predictions, axis=0, out=predictions)
                 worths = utility(predictions)
@@ -188,7 +210,7 @@ class Permutation:
             num_prefixes.append(start)
             return values
 
-        moments = Moments.of(self._samples(n, gains, progress), (m, n))
+        moments = Moments.of(self._samples(n, gains, progress), (len(full), n))
         return UtilityResult(moments, empty, full, float(np.mean(num_prefixes)))
 
     def _samples(
