@@ -233,6 +233,22 @@ class ValuesConfig(Section):
     freeshap_ridge: float = Field(1e-6, gt=0)
 
 
+class PlanConfig(Section):
+    """What `llmattrib plan` assumes where it cannot look.
+
+    `architecture` is a config.json that stands for a model which is not here. `num_examples`, `tokens_per_example`
+    (prompt and completion, mean) and `completion_tokens` (a quarter of them when null) stand for data that is not
+    here. `efficiency` is the assumed share of a device's peak FLOP/s.
+    """
+
+    architecture: Place | None = None
+    num_examples: PositiveInt | None = None
+    tokens_per_example: PositiveInt | None = None
+    completion_tokens: PositiveInt | None = None
+    num_gpus: PositiveInt = 8
+    efficiency: float = Field(0.35, gt=0, le=1)
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -246,6 +262,7 @@ class RunConfig(Section):
     index: IndexConfig = IndexConfig()
     query: QueryConfig = QueryConfig()
     values: ValuesConfig = ValuesConfig()
+    plan: PlanConfig = PlanConfig()
 
     @model_validator(mode="after")
     def _label_words_fit_output(self) -> "RunConfig":

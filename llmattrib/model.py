@@ -355,7 +355,7 @@ def _attach(base: Any, shape: peft.LoraConfig) -> peft.PeftModel:
         with _peft_quiet(), torch.random.fork_rng(devices=[]):
             model: peft.PeftModel = peft.get_peft_model(base, shape)
     except ValueError as error:
-        linear = sorted({name.rpartition(".")[2] for name, _ in _linear_modules(base)})
+        linear = sorted({name.rpartition(".")[2] for name, _ in linear_modules(base)})
         raise ConfigError(
             f"model.lora does not fit the model: {first_line(error)}",
             expected=f"target_modules among {linear}",
@@ -374,7 +374,7 @@ def _targets(base: Any, lora: LoraConfig) -> tuple[str | list[str], list[int] | 
     if not first <= last < num_layers:
         raise ConfigError(f"model.lora.layers is {lora.layers}", expected=f"first-last within 0-{num_layers - 1}")
     if targets == "all-linear":  # PEFT takes no layer range with it
-        targets = sorted({name.rpartition(".")[2] for name, _ in _linear_modules(base)})
+        targets = sorted({name.rpartition(".")[2] for name, _ in linear_modules(base)})
     if isinstance(targets, str):
         raise ConfigError(
             "model.lora.target_modules is a pattern and model.lora.layers is set",
@@ -384,8 +384,8 @@ def _targets(base: Any, lora: LoraConfig) -> tuple[str | list[str], list[int] | 
     return targets, list(range(first, last + 1))
 
 
-def _linear_modules(base: Any) -> list[tuple[str, nn.Module]]:
-    """Return the linear layers but for the output embedding."""
+def linear_modules(base: Any) -> list[tuple[str, nn.Module]]:
+    """Return the linear layers of a base model by name, but for the output embedding."""
     head = base.get_output_embeddings()
     return [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
 

@@ -22,7 +22,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from llmattrib.config import ModelConfig, digest
@@ -50,7 +57,7 @@ def resolve_base(name: str, *, revision: str | None = None, trust_remote_code: b
         ModelNotFoundError: there is no such model, or it has no safetensors.
         DiskSpaceError: the converted copy would not fit.
     """
-    path = _package_file(name) if name.startswith("package:") else Path(name).expanduser()
+    path = _local_path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelNotFoundError(f"there is no file {path}", expected="a .gguf file", fix="check model.name")
@@ -109,6 +116,56 @@ def converted_gguf(path: Path) -> Path:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return target
+
+
+def load_architecture(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read the config of a base model; no weights are read or fetched.
+
+    Args:
+        name: a name that `resolve_base` knows, a folder with config.json alone, or such a JSON file.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run the model's own Python files.
+
+    Raises:
+        ModelNotFoundError: there is none, or transformers does not know the architecture.
+    """
+    path = _local_path(name)
+    place = path.parent if path.suffix == ".gguf" else path if path.exists() else name
+    try:
+        with quiet_loading():
+            loaded: PreTrainedConfig = AutoConfig.from_pretrained(
+                place, revision=revision, trust_remote_code=trust_remote_code, **_gguf_file(path)
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelNotFoundError(
+            f"the architecture of {name} cannot be read: {first_line(error)}",
+            expected="config.json of an architecture that transformers has",
+            fix="set plan.architecture to the model's config.json; configs/architectures has some",
+        ) from error
+    return loaded
+
+
+def load_tokenizer_alone(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a base model whose weights need not be here; see `load_architecture`.
+
+    Raises:
+        ModelNotFoundError: there is none.
+    """
+    path = _local_path(name)
+    if path.is_dir():
+        return load_tokenizer(path, trust_remote_code=trust_remote_code)
+    place = path.parent if path.suffix == ".gguf" else name
+    try:
+        with quiet_loading():
+            return AutoTokenizer.from_pretrained(
+                place, revision=revision, trust_remote_code=trust_remote_code, **_gguf_file(path)
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelNotFoundError(f"the tokenizer of {name} cannot be read: {first_line(error)}") from error
+
+
+def _gguf_file(path: Path) -> dict[str, str]:
+    return {"gguf_file": path.name} if path.suffix == ".gguf" else {}
 
 
 def load_base(config: ModelConfig, folder: Path, dtype: str, device: torch.device) -> Any:
@@ -328,6 +385,11 @@ def read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(tree, dict):
         raise ModelNotFoundError(f"{path} holds a {type(tree).__name__}", expected="a JSON object")
     return tree
+
+
+def _local_path(name: str) -> Path:
+    """Return where a base model lies if `name` is no hub id."""
+    return _package_file(name) if name.startswith("package:") else Path(name).expanduser()
 
 
 def _package_file(name: str) -> Path:

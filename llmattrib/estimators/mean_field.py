@@ -162,13 +162,17 @@ class MeanField:
             )
         return tuple(notes)
 
-    def _check_memory(self, game: KernelGame) -> None:
-        (n, p), c = game.features.shape, game.responses.shape[1]
+    def num_bytes(self, n: int, p: int, c: int) -> int:
+        """Return the memory that n players with p features and c responses take."""
         wide, d = (8 if n <= LARGE else 4), min(n, p)
         rows = 8 * 4 * n * d + (8 * p * d if n < p else 0) + wide * n * (d * (c * (self.max_level + 2) + 3) + c * p)
-        system = wide * n * n if self.form != "cavity" else 0
+        return rows + (wide * n * n if self.form != "cavity" else 0)
+
+    def _check_memory(self, game: KernelGame) -> None:
+        (n, p), c = game.features.shape, game.responses.shape[1]
+        num_bytes, system = self.num_bytes(n, p, c), self.form != "cavity"
         fix = "set reduce.form=cavity, which needs no n x n system" if system else "use a smaller features.sketch.dim"
-        require_memory(rows + system, f"mean-field Shapley of {n} examples in {d} dimensions", fix, self.max_bytes)
+        require_memory(num_bytes, f"mean-field Shapley of {n} examples in {min(n, p)} dimensions", fix, self.max_bytes)
 
 
 @dataclass(frozen=True)
