@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from llmattrib.errors import ConfigError
 from llmattrib.methods import MethodName, canonical
@@ -75,6 +83,11 @@ class DataConfig(Section):
 
     `train` is a JSONL, JSON, CSV or Parquet file, or the name of a `datasets` data set. Rows have a prompt and a
     completion column, or a chat `messages` column whose last assistant turn is the completion.
+
+    `label_words` makes completions classes: each is one of these words, and each word one token. Labels that are no
+    single token get one by `label_map`, completion in the data -> label word (several may share a word). The label
+    words are then its words, in the order of the map, and need not be given. Quote Yes and No: YAML reads them as
+    true and false.
     """
 
     train: Place
@@ -85,10 +98,35 @@ class DataConfig(Section):
     id: str | None = None
     system: str | None = None
     chat_template: Literal["auto", "none"] = "auto"
-    label_words: tuple[str, ...] = ()
+    label_map: dict[str, str] = Field(default_factory=dict)
+    label_words: tuple[str, ...] = Field((), validate_default=True)
     max_length: PositiveInt | None = Field(None, description="tokens; the model's context when null")
     overlong: Literal["error", "truncate", "skip"] = "error"
     limit: PositiveInt | None = None
+
+    @field_validator("label_map")
+    @classmethod
+    def _map_is_clear(cls, label_map: dict[str, str]) -> dict[str, str]:
+        texts, words = [text.strip() for text in label_map], list(dict.fromkeys(label_map.values()))
+        if not all(texts) or not all(word.strip() for word in words):
+            raise ValueError("a completion or a word is empty")
+        for kind, names in (("completions", texts), ("words", [word.strip() for word in words])):
+            if len(set(names)) < len(names):
+                raise ValueError(f"two {kind} differ in space only")
+        mapped = {text.strip(): word.strip() for text, word in label_map.items()}
+        for word in mapped.values():
+            if mapped.get(word, word) != word:
+                raise ValueError(f"the word {word!r} is also a completion, and one of another word, {mapped[word]!r}")
+        return label_map
+
+    @field_validator("label_words")
+    @classmethod
+    def _words_are_of_the_map(cls, words: tuple[str, ...], info: Any) -> tuple[str, ...]:
+        # `info` is a pydantic.ValidationInfo, a protocol that cannot be checked at run time
+        mapped = tuple(dict.fromkeys(info.data.get("label_map", {}).values()))
+        if mapped and words and words != mapped:
+            raise ValueError(f"label_map has the words {list(mapped)}; leave label_words out")
+        return words or mapped
 
 
 class TrainConfig(Section):

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmattrib.config import DataConfig
-from llmattrib.errors import DataError, EmptyDatasetError, MissingFieldError, first_line
+from llmattrib.errors import DataError, EmptyDatasetError, LabelWordError, MissingFieldError, first_line
 from llmattrib.storage import atomic_write, read_bytes
 
 MAX_CELL = 2**31 - 1
@@ -80,6 +80,7 @@ def load_examples(config: DataConfig) -> list[Example]:
     Raises:
         EmptyDatasetError: there is no such file or data set, or it has no rows.
         MissingFieldError: a row has no usable prompt, completion, messages or id.
+        LabelWordError: a completion is not in `label_map`.
         DataError: the file cannot be read or parsed, or two rows have the same id.
     """
     examples: list[Example] = []
@@ -284,6 +285,7 @@ def _example(index: int, place: str, row: Mapping[str, Any], config: DataConfig)
         which = "prompt" if completion.strip() else "completion"
         raise MissingFieldError(f"{place} has an empty {which}", expected="some text", fix="correct or remove the row")
     check_text(place, completion, *(part for turn in prompt for part in (turn["role"], turn["content"])))
+    completion = label_word(place, completion, config)
     if config.id is None:
         return Example(index, str(index), prompt, completion)
     identifier = _field(row, config.id, place)
@@ -307,6 +309,34 @@ def check_text(place: str, *texts: str) -> None:
                 expected="whole Unicode characters",
                 fix="correct the row; text that was cut inside an emoji is the usual cause",
             ) from error
+
+
+def label_word(place: str, completion: str, config: DataConfig, *, or_word: bool = False) -> str:
+    """Return the label word of a completion, which is the completion itself without `config.label_map`.
+
+    Space around the completion does not count.
+
+    Args:
+        place: to name in the error.
+        completion: as it stands in the data.
+        config: the data section.
+        or_word: accept a label word too, as a query may say what hits print.
+
+    Raises:
+        LabelWordError: the map does not have it.
+    """
+    if not config.label_map:
+        return completion
+    words = {text.strip(): word for text, word in config.label_map.items()}
+    if or_word:
+        words |= {word.strip(): word for word in config.label_words}
+    if completion.strip() not in words:
+        raise LabelWordError(
+            f"{place} has the completion {completion!r}",
+            expected=f"one of {list(words)}",
+            fix="correct the row, or add the completion to data.label_map",
+        )
+    return words[completion.strip()]
 
 
 def _field(row: Mapping[str, Any], name: str, place: str) -> Any:

@@ -54,6 +54,14 @@ def test_overrides_set_values_of_any_type_and_the_last_one_wins(tmp_path: Path) 
     assert (config.seed, config.data.id) == (7, None)
 
 
+def test_label_words_are_those_of_the_map_in_its_order(tmp_path: Path) -> None:
+    label_map = "data.label_map={spam: 'Yes', junk: 'Yes', ham: 'No'}"
+    config = load_config(write(tmp_path, MINIMAL), [label_map, "features.output=margin"])
+    assert config.data.label_words == ("Yes", "No")
+    assert validate_config(yaml.safe_load(config_to_yaml(config))) == config
+    assert load_config(write(tmp_path, MINIMAL), [label_map, "data.label_words=[]"]).data == config.data
+
+
 def test_yaml_round_trip_is_exact(tmp_path: Path) -> None:
     config = load_config(
         write(tmp_path, MINIMAL),
@@ -77,6 +85,15 @@ def test_every_shipped_config_is_accepted(path: Path) -> None:
         ("features.output=los", r"features\.output: Input should be 'loss', 'log_odds'.*\(found 'los'\)"),
         ("features.sketch.dim=0", r"features\.sketch\.dim: Input should be greater than 0"),
         ("features.output=margin", r"features\.output=margin needs two or more data\.label_words"),
+        ("data.label_map={spam: Yes, ham: No}", r"label_map\.spam: Input should be a valid string \(found True\)"),
+        ("data.label_map={spam: a, ' spam': b}", r"data\.label_map: .*two completions differ in space only"),
+        ("data.label_map={spam: a, ham: ' a'}", r"data\.label_map: .*two words differ in space only"),
+        ("data.label_map={spam: ' '}", r"data\.label_map: .*a completion or a word is empty"),
+        ("data.label_map={a: b, b: a}", r"the word 'b' is also a completion, and one of another word, 'a'"),
+        (
+            "data={train: d, label_map: {spam: a, ham: b}, label_words: [b, a]}",
+            r"data\.label_words: .*label_map has the words \['a', 'b'\]; leave label_words out",
+        ),
         ("reduce.methods=[]", r"methods is empty"),
         ("reduce.certificate_draws=7", r"certificate_draws is below 8; take 16 to 64"),
         (

@@ -9,8 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmattrib.config import DataConfig
-from llmattrib.data import Example, Message, data_fingerprint, load_examples, read_examples, save_examples, user_message
-from llmattrib.errors import DataError, EmptyDatasetError, MissingFieldError
+from llmattrib.data import (
+    Example,
+    Message,
+    data_fingerprint,
+    label_word,
+    load_examples,
+    read_examples,
+    save_examples,
+    user_message,
+)
+from llmattrib.errors import DataError, EmptyDatasetError, LabelWordError, MissingFieldError
 from tests.tiny import tiny_jsonl, tiny_rows
 
 ROWS = [{"id": "a", "prompt": "one?", "completion": "1"}, {"id": "b", "prompt": 'tw"o, 2?\n', "completion": "zwei ü"}]
@@ -224,6 +233,38 @@ def test_ids_must_be_unique_and_text(tmp_path: Path) -> None:
         load_examples(DataConfig(train=path, id="id"))
     path = write(tmp_path / "c.jsonl", [ROWS[0] | {"id": 7}])
     assert load_examples(DataConfig(train=path, id="id"))[0].id == "7"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_completions_become_label_words(tmp_path: Path, suffix: str) -> None:
+    rows = [{"prompt": f"p{n}", "completion": text} for n, text in enumerate(["spam", "ham ", "junk"])]
+    label_map = {"spam": "Yes", "ham": "No", "junk": "Yes"}
+    config = DataConfig(train=write(tmp_path / f"data{suffix}", rows), label_map=label_map)
+    assert [example.completion for example in load_examples(config)] == ["Yes", "No", "Yes"]
+    as_words = write(
+        tmp_path / f"words{suffix}", [row | {"completion": label_map[row["completion"].strip()]} for row in rows]
+    )
+    assert load_examples(config) == load_examples(DataConfig(train=as_words))
+    assert data_fingerprint(load_examples(config)) == data_fingerprint(load_examples(DataConfig(train=as_words)))
+    plain = config.model_copy(update={"label_map": {}})
+    assert data_fingerprint(load_examples(config)) != data_fingerprint(load_examples(plain))
+
+
+def test_last_turns_become_label_words(tmp_path: Path) -> None:
+    path = write(tmp_path / "chat.jsonl", [{"messages": CHAT}])
+    (example,) = load_examples(DataConfig(train=path, messages="messages", label_map={"hello": "A", "bye": "B"}))
+    assert (example.completion, example.prompt_text) == ("A", "hi")
+
+
+@pytest.mark.parametrize(("suffix", "place"), [(".jsonl", "line 2"), (".json", "item 2"), (".csv", "line 3")])
+def test_a_completion_that_the_map_lacks(tmp_path: Path, suffix: str, place: str) -> None:
+    path = write(tmp_path / f"data{suffix}", [ROWS[0] | {"completion": text} for text in ("spam", "Spam")])
+    with pytest.raises(
+        LabelWordError, match=rf"data{suffix} {place} has the completion 'Spam'\n  expected: one of \['spam', 'ham'\]"
+    ):
+        load_examples(DataConfig(train=path, label_map={"spam": "Yes", "ham": "No"}))
+    with pytest.raises(LabelWordError, match="has the completion 'Yes'"):  # words are for queries only
+        label_word("here", "Yes", DataConfig(train=path, label_map={"spam": "Yes", "ham": "No"}))
 
 
 def test_saved_examples_read_back_and_bytes_repeat(tmp_path: Path) -> None:
