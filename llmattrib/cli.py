@@ -264,6 +264,41 @@ def query(
                 console.print_hits(item)
 
 
+@app.command(rich_help_panel="Results")
+def values(
+    config: Config,
+    overrides: Overrides = None,
+    top: Annotated[int, typer.Option("--top", "-k", min=1, help="Examples of either end to show.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Value every training example over a validation set (values.data); write CSV and Parquet."""
+    from llmattrib import console
+
+    with console.reporting(debug):
+        loaded = _load(config, overrides)
+        from llmattrib.values.stage import compute_values
+
+        with redirect_stdout(sys.stderr), console.bar("values", show=not quiet) as progress:
+            result = compute_values(loaded, progress)
+        if as_json:
+            typer.echo(result.to_json(top))
+            return
+        signs = ", ".join(f"{result.count(sign):,} {sign}" for sign in ("helpful", "harmful", "undetermined"))
+        due = "" if result.expected_total is None else f" (of {result.expected_total:+.3g})"
+        _say(
+            quiet,
+            f"{_verb(result.is_reused)} {result.csv_path} and {result.parquet_path}: {result.method} values of "
+            f"{len(result.values):,} examples in {result.utility} over {result.num_validation:,} prompts, "
+            f"{result.seconds:.1f} s",
+            f"  {signs}; sum {result.total:+.3g}{due}",
+            *(f"  {note}" for note in result.notes),
+        )
+        if not quiet:
+            console.print_values(result.lowest(top), result.highest(top))
+
+
 @app.command(rich_help_panel="Start here")
 def demo(
     run_dir: Annotated[str, typer.Option(help="Where everything goes; finished stages are kept.")] = "runs/demo",

@@ -245,8 +245,8 @@ class ValuesConfig(Section):
 
     `data` is a file or data set (then its `split`) with the fields, templates and label words of the data section;
     `limit` takes its first examples. `method` is one of reduce's, from stored representers; `permutation`, `subset`,
-    `one_sample`, `msr_banzhaf` and `ame_lasso` sample the kernel game of reduce's settings; `knn_shapley` and `freeshap` play
-    games of their own (docs/methods.md section 7).
+    `one_sample`, `msr_banzhaf` and `ame_lasso` sample the kernel game of reduce's settings; `knn_shapley` and
+    `freeshap` play games of their own (docs/methods.md section 7).
     `utility`, a mean over prompts, is the game's `prediction` for the right answer (`auto`), or with label words
     `log_likelihood` (`auto` of freeshap) or `accuracy`; values from representers and `subset` are of predictions.
     `num_samples` are random subsets: draws that certify the signs of a semivalue (0 for none), and rows of the table.

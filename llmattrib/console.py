@@ -136,13 +136,13 @@ def print_hits(hits: Hits) -> None:
     )
     for title, style, rows in (("helpful", "green", hits.helpful), ("harmful", "red", hits.harmful)):
         if rows:
-            console.print(_hits_table(title, style, rows, width))
+            console.print(_hits_table(f"Most {title}", style, rows, width))
         else:
             console.print(f"No {title} examples.")
 
 
 def _hits_table(title: str, style: str, rows: Sequence[Hit], width: int) -> Table:
-    table = Table(title=f"Most {title}", title_style=f"bold {style}", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=title, title_style=f"bold {style}", title_justify="left", box=None, pad_edge=False)
     table.add_column("#", justify="right", style="dim")
     table.add_column("value", justify="right", style=style)
     table.add_column("share", justify="right")
@@ -154,6 +154,13 @@ def _hits_table(title: str, style: str, rows: Sequence[Hit], width: int) -> Tabl
         text = example_text(hit.prompt, hit.completion, width - used)
         table.add_row(str(hit.rank), f"{hit.value:+.3g}", f"{hit.share:+.1%}", Text(printable(hit.id)), text)
     return table
+
+
+def print_values(lowest: Sequence[Hit], highest: Sequence[Hit]) -> None:
+    """Print the examples of the lowest and of the highest values."""
+    console = Console()
+    for title, style, rows in (("Highest values", "green", highest), ("Lowest values", "red", lowest)):
+        console.print(_hits_table(title, style, rows, console.width))
 
 
 METHOD_NOTES: dict[Method, tuple[str, str, str]] = {

@@ -161,6 +161,14 @@ class VectorIndex:
         return np.take_along_axis(exact, columns, axis=1) if len(found) else np.full(rows.shape, -np.inf, np.float32)
 
 
+def nearest_rows(rows: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "q d"]) -> Int[np.ndarray, "q n"]:
+    """Sort all rows by inner product with each query, largest first, equal ones by number; exact, in float32."""
+    index = faiss.IndexFlatIP(rows.shape[1])
+    index.add(np.ascontiguousarray(rows, np.float32))
+    scores, found = index.search(np.ascontiguousarray(queries, np.float32), len(rows))
+    return np.take_along_axis(found, np.lexsort((found, -scores), axis=1), axis=1)
+
+
 def build_index(config: RunConfig, method: Method, progress: Progress = silent) -> IndexResult:
     """Index the representers of `method`, unless an index of the same representers and settings is there.
 

@@ -57,6 +57,24 @@ def answered_slots(labels: Int[np.ndarray, " q"], output: str) -> Int[np.ndarray
     return labels if output == "logits" else np.zeros_like(labels)
 
 
+def current_representers(config: RunConfig, method: Method, features: RowStore) -> RowStore:
+    """Open the representers of a method.
+
+    Raises:
+        StoreNotFoundError, IncompleteStoreError: they are missing or not finished.
+        StaleIndexError: they were made from other features.
+    """
+    store = RowStore.open(config.layout.representers(method), made_by="llmattrib reduce")
+    store.require_complete("llmattrib reduce")
+    if store.manifest.fingerprint["features"] != features.digest():
+        raise StaleIndexError(
+            f"{store.path} was made from other features than {features.path} holds now",
+            expected="representers and an index of the present features",
+            fix="run `llmattrib reduce` and `llmattrib index` again",
+        )
+    return store
+
+
 @dataclass(frozen=True)
 class _Attribution:
     """What a method needs at query time.
@@ -287,13 +305,7 @@ class Run:
     def _attribution(self, method: Method) -> _Attribution:
         if method not in self._attributions:
             index = open_index(self.config, method)
-            store = RowStore.open(self.config.layout.representers(method))
-            if store.manifest.fingerprint["features"] != self._features.digest():
-                raise StaleIndexError(
-                    f"{store.path} was made from other features than {self._features.path} holds now",
-                    expected="representers and an index of the present features",
-                    fix="run `llmattrib reduce` and `llmattrib index` again",
-                )
+            store = current_representers(self.config, method, self._features)
             mean, total = store.read_vector("mean"), store.read_vector("total").reshape(-1)
             self._attributions[method] = _Attribution(index, mean, total, bool(store.manifest.info["normalize"]))
         return self._attributions[method]

@@ -1,0 +1,1 @@
+"""Data values of training examples over a validation set."""

@@ -1,0 +1,355 @@
+"""Estimators of data values on a validation set, each brought to one form: values with their uncertainty.
+
+What an interval means depends on where it comes from, and `notes` say so: empirical-Bernstein intervals of independent
+samples (representers' certificates, `subset`, `permutation`, `freeshap`), normal ones from the standard errors of a
+subset table (`one_sample`, `msr_banzhaf`), a selection by knockoffs (`ame_lasso`), or none where nothing is sampled
+(gradient methods, `knn_shapley`): the sign is then that of the number.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Float, Int8
+
+from llmattrib.config import RunConfig, ValuesConfig
+from llmattrib.errors import MethodError
+from llmattrib.estimators.ame import AmeRegression, Knockoffs
+from llmattrib.estimators.freeshap import FreeShap, KernelProblem
+from llmattrib.estimators.knn import knn_shapley, soft_knn_shapley
+from llmattrib.estimators.moments import MIN_COUNT, Moments
+from llmattrib.estimators.one_sample import msr_banzhaf, table_values
+from llmattrib.estimators.permutation import Permutation
+from llmattrib.estimators.quadrature import SHAPLEY as SHAPLEY_VALUE
+from llmattrib.estimators.subset import Subset
+from llmattrib.games.memory import require_memory
+from llmattrib.games.subset_table import ATTRIBUTION, BANZHAF, SHAPLEY, SIZES, Design, SubsetTable
+from llmattrib.index import nearest_rows
+from llmattrib.methods import MethodName
+from llmattrib.progress import Progress
+from llmattrib.query import current_representers
+from llmattrib.reader import FeatureReader
+from llmattrib.scorers.gradient import unit_rows
+from llmattrib.semivalues import semivalue_of
+from llmattrib.settings import Settings
+from llmattrib.values.game import UtilityName, ValidationGame, mean_query
+from llmattrib.values.validation import Validation
+
+_QUERIES = 64  # sorted together by the nearest-neighbour game
+SAMPLED = f"fewer than {MIN_COUNT} samples: intervals are infinite and signs undetermined"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Values of all training examples.
+
+    Attributes:
+        values: [n] mean over prompts.
+        standard_error: [n], or None where nothing is sampled or the estimator has none.
+        lower: [n] end of the interval, or None.
+        upper: [n].
+        signs: [n] 1 helpful, -1 harmful, 0 undetermined.
+        empty: utility of nobody, where the values should sum to full - empty; None otherwise.
+        full: utility of everybody.
+        notes: what a reader of the values should know.
+    """
+
+    values: Float[np.ndarray, " n"]
+    standard_error: Float[np.ndarray, " n"] | None
+    lower: Float[np.ndarray, " n"] | None
+    upper: Float[np.ndarray, " n"] | None
+    signs: Int8[np.ndarray, " n"]
+    empty: float | None = None
+    full: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _exact(values: Float[np.ndarray, " n"], notes: tuple[str, ...] = ()) -> Estimate:
+    """Return values without sampling error."""
+    return Estimate(values, None, None, None, np.sign(values).astype(np.int8), notes=notes)
+
+
+def _sampled(
+    moments: Moments,
+    confidence: float,
+    ends: tuple[float, float] | None,
+    notes: tuple[str, ...],
+    values: Float[np.ndarray, " n"] | None = None,
+) -> Estimate:
+    """Return the means of samples, or other values whose signs they certify."""
+    half = moments.half_width(confidence)
+    notes = notes if moments.count >= MIN_COUNT else (*notes, SAMPLED)
+    empty, full = ends or (None, None)
+    return Estimate(
+        values=moments.mean if values is None else values,
+        standard_error=moments.standard_error,
+        lower=moments.mean - half,
+        upper=moments.mean + half,
+        signs=moments.signs(confidence),
+        empty=empty,
+        full=full,
+        notes=notes,
+    )
+
+
+def stored_settings(config: RunConfig, reader: FeatureReader) -> Settings:
+    """Return the settings that the stored representers of `values.method` were made with, their ridge chosen.
+
+    Raises:
+        StoreNotFoundError, IncompleteStoreError, StaleIndexError: they are missing or of other features.
+    """
+    info = current_representers(config, config.values.method, reader.store).manifest.info
+    return Settings(**{field.name: info[field.name] for field in fields(Settings)})
+
+
+def from_representers(config: RunConfig, reader: FeatureReader, validation: Validation, progress: Progress) -> Estimate:
+    """Multiply stored representers with the mean query; certify the signs of a semivalue by unbiased draws.
+
+    Raises:
+        StoreNotFoundError, IncompleteStoreError, StaleIndexError: representers are missing or of other features.
+        MethodError: the draws do not fit the memory.
+    """
+    values = config.values
+    store = current_representers(config, values.method, reader.store)
+    query = mean_query(validation, store.read_vector("mean"), bool(store.manifest.info["normalize"]), reader.output)
+    products = np.concatenate([np.einsum("mcp,cp->m", rows, query, optimize=True) for _, rows in store.blocks()])
+    name = MethodName.parse(values.method)
+    if not name.is_semivalue:
+        return _exact(products, ("nothing is sampled: the sign is that of the value",))
+    settings = stored_settings(config, reader)
+    game = ValidationGame.of(reader, settings, validation)
+    semivalue = semivalue_of(values.method)
+    ends = game.ends("prediction") if semivalue.is_shapley else None
+    if values.num_samples == 0:
+        estimate = _exact(products, (*game.notes, "values.num_samples is 0: signs are not certified"))
+        empty, full = ends or (None, None)
+        return replace(estimate, signs=np.zeros(len(products), np.int8), empty=empty, full=full)
+    moments = _moments(game, Subset(semivalue, values.num_samples, config.seed), progress)
+    estimate = _sampled(moments, values.confidence, ends, game.notes, products)
+    assert estimate.lower is not None
+    assert estimate.upper is not None
+    outside = int(np.sum((products < estimate.lower) | (products > estimate.upper)))
+    if outside:
+        notes = (*estimate.notes, f"{outside:,} values lie outside the interval of their draws: the mean field is off")
+        estimate = replace(estimate, notes=notes)
+    return estimate
+
+
+def from_subsets(config: RunConfig, game: ValidationGame, progress: Progress) -> Estimate:
+    """Take Shapley values from unbiased draws alone.
+
+    Raises:
+        MethodError: there are no draws, or they do not fit the memory.
+    """
+    _require_samples(config.values)
+    moments = _moments(game, Subset(SHAPLEY_VALUE, config.values.num_samples, config.seed), progress)
+    return _sampled(moments, config.values.confidence, game.ends("prediction"), game.notes)
+
+
+def _moments(game: ValidationGame, estimator: Subset, progress: Progress) -> Moments:
+    def reported() -> Iterable[Float[np.ndarray, " n"]]:
+        for done, sample in enumerate(game.samples(estimator), start=1):
+            yield sample
+            progress(done, estimator.num_draws)
+
+    return Moments.of(reported(), (game.num_players,))
+
+
+def from_permutations(config: RunConfig, game: ValidationGame, utility: UtilityName, progress: Progress) -> Estimate:
+    """Sample Shapley values of any utility by permutations.
+
+    Raises:
+        MethodError: they do not fit the memory.
+    """
+    values = config.values
+    tolerance = None if values.tolerance == "auto" else values.tolerance
+    estimator = Permutation(values.num_permutations, seed=config.seed, tolerance=tolerance)
+    games = list(zip(game.games, game.queries, strict=True))
+    result = estimator.measure_joint_utility(games, game.utility(utility), progress)
+    moments = _row(result.moments, 0)
+    notes = _truncated(result.mean_prefixes, game.num_players)
+    return _sampled(moments, values.confidence, (float(result.empty[0]), float(result.full[0])), (*game.notes, *notes))
+
+
+def _row(moments: Moments, row: int) -> Moments:
+    """Return the moments of one utility."""
+    return Moments(moments.count, moments.mean[row], moments.m2[row], moments.low[row], moments.high[row])
+
+
+def _truncated(mean_prefixes: float, num_players: int) -> tuple[str, ...]:
+    if mean_prefixes == num_players:
+        return ()
+    return (f"permutations stopped after {mean_prefixes:.1f} of {num_players:,} examples on average, which biases",)
+
+
+def table_design(values: ValuesConfig) -> Design:
+    """Return how the subsets of a table method are drawn."""
+    if values.method == "ame_lasso":
+        return ATTRIBUTION if values.ame_design == "attribution" else SHAPLEY
+    return BANZHAF if values.method == "msr_banzhaf" else SIZES
+
+
+def from_table(
+    config: RunConfig,
+    game: ValidationGame,
+    utility: UtilityName,
+    data: dict[str, str],
+    progress: Progress,
+) -> Estimate:
+    """Fill the run's subset table as far as needed and read the values from it.
+
+    Args:
+        config: the run.
+        game: the game.
+        utility: which column is read; all that the features define are kept.
+        data: digests of the features and the validation set.
+        progress: told of shards filled.
+
+    Raises:
+        MethodError: there are too few subsets or examples.
+        FingerprintMismatchError: the table is of another game.
+    """
+    values, names = config.values, game.utilities
+    game.require(utility)
+    _require_samples(values)
+    if game.num_players < 2:
+        raise MethodError("there is one training example", expected="two or more to draw subsets of")
+    identity = {**data, **_game_identity(game), "utilities": list(names)}
+    path = config.layout.path("values", "subsets.zarr")
+    table = SubsetTable.create(path, game.num_players, len(names), config.seed, identity)
+    design = table_design(values)
+    table.extend(design, values.num_samples)
+    table.fill(lambda members: game.worth(members, names), progress)
+    rows = table.rows(design).first(values.num_samples)
+    rows = replace(rows, utilities=rows.utilities[:, [names.index(utility)]])
+    if values.method == "ame_lasso":
+        effects = AmeRegression().init(rows)
+        chosen = [
+            Knockoffs(values.false_discovery_rate, harmful).init(rows).selected[:, 0] for harmful in (False, True)
+        ]
+        notes: tuple[str, ...] = (
+            f"helpful and harmful are selected by knockoffs at a false-discovery rate of "
+            f"{values.false_discovery_rate:g}, at least {int(np.ceil(1 / values.false_discovery_rate))} or none",
+            f"{int(effects.num_selected[0]):,} examples have a value; LASSO shrinks it",
+        )
+        signs = chosen[0].astype(np.int8) - chosen[1].astype(np.int8)
+        return Estimate(effects.values[:, 0], None, None, None, signs, notes=(*game.notes, *notes))
+    ends = game.ends(utility)
+    if values.method == "msr_banzhaf":
+        found = msr_banzhaf(rows)
+    else:
+        found = table_values(rows, SHAPLEY_VALUE, np.array(ends[:1]), np.array(ends[1:]))
+    mean, error = found.values[:, 0], found.standard_errors[:, 0]
+    half = float(scipy.stats.norm.ppf((1 + values.confidence) / 2)) * error
+    signs = np.where(np.abs(mean) > half, np.sign(mean), 0).astype(np.int8)
+    empty, full = ends if values.method == "one_sample" else (None, None)
+    notes = (*game.notes, "intervals are normal, of one value at a time")
+    return Estimate(mean, error, mean - half, mean + half, signs, empty, full, notes)
+
+
+def _game_identity(game: ValidationGame) -> dict[str, object]:
+    """Return what the numbers of a game depend on besides its data."""
+    names = ("center", "normalize", "response")
+    return {name: asdict(game.settings)[name] for name in names} | {"ridge": game.ridge}
+
+
+def _require_samples(values: ValuesConfig) -> None:
+    if values.num_samples == 0:
+        raise MethodError(
+            f"values.num_samples=0 leaves {values.method} without subsets",
+            expected="subsets to estimate from",
+            fix="set values.num_samples=256 or more",
+        )
+
+
+def from_freeshap(
+    config: RunConfig, reader: FeatureReader, validation: Validation, utility: UtilityName, progress: Progress
+) -> Estimate:
+    """Follow FreeShap as published.
+
+    Raises:
+        MethodError: features are not of output logits, the utility is not FreeShap's, or it does not fit the memory.
+    """
+    values, manifest = config.values, reader.manifest
+    if reader.output != "logits":
+        raise MethodError(
+            f"freeshap needs the gradient of each class's logit, and features are of output {reader.output}",
+            expected="features.output logits, with label words",
+            fix="build features with features.output=logits in another run_dir",
+        )
+    if utility == "prediction":
+        raise MethodError(
+            "values.utility=prediction is no utility of freeshap",
+            expected="log_likelihood (minus the cross-entropy) or accuracy",
+            fix="set values.utility=log_likelihood",
+        )
+    kept = 1 if values.freeshap_kernels == "single" else manifest.num_outputs
+    size = 8 * kept * (3 * manifest.num_rows * manifest.dim + 2 * manifest.num_rows**2)
+    require_memory(size, f"the kernels of {manifest.num_rows:,} examples", "set values.freeshap_kernels=single")
+    rows = np.concatenate([block for _, block in reader.store.blocks()])
+    labels = reader.store.column("label").astype(np.int64)
+    problem = KernelProblem.of_features(rows, validation.phi, labels, validation.labels, values.freeshap_kernels)
+    tolerance = 0.05 if values.tolerance == "auto" else values.tolerance
+    estimator = FreeShap(values.num_permutations, tolerance, ridge=values.freeshap_ridge, seed=config.seed)
+    result = estimator.init(problem, progress)
+    metric = 0 if utility == "log_likelihood" else 1
+    notes = _truncated(result.mean_prefixes, len(labels))
+    sketch = manifest.fingerprint["features"]["sketch"]["kind"]
+    if sketch != "none" or manifest.dtype == "float16":
+        notes += (f"FreeShap starts from exact features; these are {manifest.dtype} with sketch {sketch}",)
+    return _sampled(
+        _row(result.moments, metric),
+        values.confidence,
+        (float(result.empty[metric]), float(result.full[metric])),
+        notes,
+    )
+
+
+def from_neighbors(config: RunConfig, reader: FeatureReader, validation: Validation, progress: Progress) -> Estimate:
+    """Value examples by exact Shapley values of the nearest-neighbour classifier, cosine of features.
+
+    Raises:
+        MethodError: there are no label words, or the features know the label.
+    """
+    values, labels = config.values, reader.store.column("label").astype(np.int64)
+    num_classes = len(reader.manifest.fingerprint["encoding"]["label_words"])
+    if num_classes == 0:
+        raise MethodError(
+            "knn_shapley compares labels, and there are no data.label_words",
+            expected="label words",
+            fix="name data.label_words and build again, or set values.method=shapley",
+        )
+    if num_classes > 2 and reader.output not in ("logits", "pntk"):
+        raise MethodError(
+            f"features of output {reader.output} depend on the label, so nearness in them does too",
+            expected="features.output logits or pntk, or two label words",
+            fix="build features of output logits, or set values.method=shapley",
+        )
+    rows = np.concatenate([block for _, block in reader.store.blocks()])
+    order_by = _label_free(rows, labels, reader.output)
+    queries = _label_free(validation.phi, validation.labels, reader.output)
+    (n, m), k = (len(rows), len(queries)), values.knn_neighbors
+    total, worth = np.zeros(n), 0.0
+    for start in range(0, m, _QUERIES):
+        part = slice(start, start + _QUERIES)
+        order = nearest_rows(order_by, queries[part])
+        matches = labels == validation.labels[part, None]
+        if values.knn_label == "hard":
+            found = knn_shapley(order, matches, k)
+        else:
+            found = soft_knn_shapley(order, matches, k, num_classes)
+        total += found.sum(axis=0)
+        votes = np.take_along_axis(matches, order[:, :k], axis=1).sum()
+        worth += float(votes) / (k if values.knn_label == "hard" else min(k, n))
+        progress(min(start + _QUERIES, m), m)
+    empty = 0.0 if values.knn_label == "hard" else 1 / num_classes
+    estimate = _exact(total / m, ("nothing is sampled: the sign is that of the value",))
+    return replace(estimate, empty=empty, full=worth / m)
+
+
+def _label_free(rows: Float[np.ndarray, "m c p"], labels: np.ndarray, output: str) -> Float[np.ndarray, "m d"]:
+    """Return unit rows that do not depend on the label: of two words, that of the first (margins change sign)."""
+    if output not in ("logits", "pntk"):
+        rows = np.where((labels == 1)[:, None, None], -rows, rows)
+    return unit_rows(rows.reshape(len(rows), -1))

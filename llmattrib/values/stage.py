@@ -1,0 +1,201 @@
+"""The stage `values`: what every training example is worth over a validation set.
+
+    validation set -> validation.zarr -> an estimator -> values/<method>.csv, .parquet, .json
+
+A value is the example's share in a utility, the mean over validation prompts; positive is helpful. For a method of
+`reduce` it is an inner product of the stored representer with the mean query; the other methods play games (see
+estimates.py). Validation features and the subset table go on where a killed run stopped, and the table grows when
+`values.num_samples` does; other samplers start again. Equal values that are there are kept. One process.
+"""
+
+import json
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+from llmattrib.config import RunConfig
+from llmattrib.errors import MethodError
+from llmattrib.estimators.moments import SIGNS
+from llmattrib.lock import locked
+from llmattrib.methods import MethodName
+from llmattrib.progress import Progress, silent
+from llmattrib.query import Run, current_representers
+from llmattrib.reader import FeatureReader
+from llmattrib.settings import resolve
+from llmattrib.store import RowStore
+from llmattrib.values.estimates import (
+    Estimate,
+    from_freeshap,
+    from_neighbors,
+    from_permutations,
+    from_representers,
+    from_subsets,
+    from_table,
+)
+from llmattrib.values.game import UtilityName, ValidationGame
+from llmattrib.values.result import DataValue, ValuesResult, read_values, write_values
+from llmattrib.values.validation import Validation, load_validation
+
+TABLE_METHODS = ("one_sample", "msr_banzhaf", "ame_lasso")
+_OPTIONS = {
+    "permutation": ("num_permutations", "tolerance", "confidence"),
+    "subset": ("num_samples", "confidence"),
+    "one_sample": ("num_samples", "confidence"),
+    "msr_banzhaf": ("num_samples", "confidence"),
+    "ame_lasso": ("num_samples", "ame_design", "false_discovery_rate"),
+    "knn_shapley": ("knn_neighbors", "knn_label"),
+    "freeshap": ("num_permutations", "tolerance", "confidence", "freeshap_kernels", "freeshap_ridge"),
+}
+"""Method -> the settings that it reads; methods of reduce read those of `subset`."""
+_OWN_GAME = ("knn_shapley", "freeshap")
+
+
+def compute_values(config: RunConfig, progress: Progress = silent) -> ValuesResult:
+    """Value every training example over the validation set of `config.values`.
+
+    Args:
+        config: the run; its features must be complete, and for a method of reduce its representers.
+        progress: told of validation examples done, then of samples.
+
+    Returns:
+        The values, and where they were written.
+
+    Raises:
+        ConfigError: `values.data` is not set.
+        DataError: the validation examples cannot be used.
+        StoreNotFoundError, IncompleteStoreError, StaleIndexError: an earlier stage is missing, unfinished or outdated.
+        FingerprintMismatchError: the features, or the subset table, are of other settings.
+        MethodError: the method cannot run on these features or with this utility.
+        StoreLockedError: another process values this run now.
+    """
+    started = time.perf_counter()
+    utility = resolve_utility(config)
+    run = Run(config)
+    reader = FeatureReader(RowStore.open(config.layout.features))
+    with locked(config.layout.path("values")):
+        validation = load_validation(run, progress)
+        settings = _settings(config, utility)
+        data = {"features": reader.store.digest(), "validation": validation.digest}
+        fingerprint = {**data, "settings": settings, "seed": config.seed, "game": _game_fingerprint(config, reader)}
+        method = config.values.method
+        name = method if method in _OPTIONS else MethodName.parse(method).file_name
+        paths = [config.layout.path("values", f"{name}.{suffix}") for suffix in ("csv", "parquet")]
+        fingerprint = json.loads(json.dumps(fingerprint))
+        result = read_values(paths[0], paths[1], fingerprint)
+        if result is None:
+            estimate = _estimate(config, reader, validation, utility, data, progress)
+            result = _result(run, validation, utility, estimate, paths)
+            write_values(result, settings, fingerprint)
+    return replace(result, seconds=time.perf_counter() - started)
+
+
+def resolve_utility(config: RunConfig) -> UtilityName:
+    """Return the utility that a method values, `auto` filled in.
+
+    Raises:
+        MethodError: the method has no such utility.
+    """
+    method, utility = config.values.method, config.values.utility
+    if utility == "auto":
+        return {"freeshap": "log_likelihood", "knn_shapley": "accuracy"}.get(method, "prediction")  # type: ignore[return-value]
+    if method == "knn_shapley" and utility != "accuracy":
+        raise MethodError(
+            f"values.utility={utility} is no utility of knn_shapley",
+            expected="the votes of the nearest neighbours for the right label",
+            fix="set values.utility=auto",
+        )
+    if utility != "prediction" and method not in (*TABLE_METHODS, *_OWN_GAME, "permutation"):
+        raise MethodError(
+            f"values.utility={utility} is not linear in a query, so {method} has no values of it",
+            expected="prediction",
+            fix="set values.method=permutation (or one_sample, msr_banzhaf, ame_lasso), or values.utility=prediction",
+        )
+    return utility
+
+
+def _settings(config: RunConfig, utility: UtilityName) -> dict[str, Any]:
+    """Return what the values depend on besides data and game, as JSON."""
+    method = config.values.method
+    options = config.values.model_dump(mode="json")
+    read = _OPTIONS.get(method, _OPTIONS["subset"])
+    return {"method": method, "utility": utility, **{key: options[key] for key in read}}
+
+
+def _kernel_settings(config: RunConfig, reader: FeatureReader) -> Any:
+    """Return the resolved settings of the kernel game that sampling methods play."""
+    has_labels = bool(reader.manifest.fingerprint["encoding"]["label_words"])
+    return resolve(config.reduce, "shapley", reader.output, has_labels, reader.manifest.num_rows)
+
+
+def _game_fingerprint(config: RunConfig, reader: FeatureReader) -> Any:
+    """Return what else of reduce the values depend on."""
+    method = config.values.method
+    if method in _OWN_GAME:
+        return None
+    if method not in _OPTIONS:
+        return current_representers(config, method, reader.store).digest()
+    settings = asdict(_kernel_settings(config, reader))
+    return {name: settings[name] for name in ("center", "normalize", "ridge", "response")}
+
+
+def _estimate(
+    config: RunConfig,
+    reader: FeatureReader,
+    validation: Validation,
+    utility: UtilityName,
+    data: dict[str, str],
+    progress: Progress,
+) -> Estimate:
+    """Run the method."""
+    method = config.values.method
+    if method == "freeshap":
+        return from_freeshap(config, reader, validation, utility, progress)
+    if method == "knn_shapley":
+        return from_neighbors(config, reader, validation, progress)
+    if method not in _OPTIONS:
+        return from_representers(config, reader, validation, progress)
+    game = ValidationGame.of(reader, _kernel_settings(config, reader), validation)
+    if method == "subset":
+        return from_subsets(config, game, progress)
+    if method == "permutation":
+        return from_permutations(config, game, utility, progress)
+    return from_table(config, game, utility, data, progress)
+
+
+def _result(
+    run: Run, validation: Validation, utility: UtilityName, estimate: Estimate, paths: list[str]
+) -> ValuesResult:
+    """Join values with the texts of their examples."""
+
+    def column(array: Any) -> list[float | None]:
+        return [None] * len(estimate.values) if array is None else array.tolist()
+
+    columns = zip(
+        run.examples,
+        estimate.values.tolist(),
+        *(column(array) for array in (estimate.standard_error, estimate.lower, estimate.upper)),
+        estimate.signs.tolist(),
+        strict=True,
+    )
+    values = tuple(
+        DataValue(
+            example.id, example.index, value, error, lower, upper, SIGNS[sign], example.prompt_text, example.completion
+        )
+        for example, value, error, lower, upper, sign in columns
+    )
+    counts = {"cut to fit": validation.num_truncated, "skipped as too long": validation.num_skipped}
+    notes = [f"{count:,} validation examples {what}" for what, count in counts.items() if count]
+    if run.config.features.output == "pntk":
+        notes.append("features of output pntk know no answer: values measure likeness, their signs mean nothing")
+    return ValuesResult(
+        csv_path=paths[0],
+        parquet_path=paths[1],
+        method=run.config.values.method,
+        utility=utility,
+        num_validation=len(validation.labels),
+        expected_total=None if estimate.full is None or estimate.empty is None else estimate.full - estimate.empty,
+        values=values,
+        notes=(*estimate.notes, *notes),
+        is_reused=False,
+        seconds=0.0,
+    )
