@@ -8,8 +8,9 @@ import pytest
 
 from llmattrib.errors import MethodError
 from llmattrib.estimators import mean_field
+from llmattrib.estimators.copies import group_copies
 from llmattrib.estimators.fixed_point import sites, solve_field
-from llmattrib.estimators.mean_field import MeanField, group_copies
+from llmattrib.estimators.mean_field import MeanField
 from llmattrib.estimators.quadrature import (
     BANZHAF,
     LEAVE_ONE_OUT,

@@ -21,8 +21,9 @@ from llmattrib.estimators.mean_field import MeanField
 from llmattrib.estimators.subset import Subset
 from llmattrib.games.kernel import LOO_GRID, KernelGame, mean_square
 from llmattrib.lock import locked
-from llmattrib.reduce import reduce_run, resolve
+from llmattrib.reduce import reduce_run
 from llmattrib.scorers.gradient import unit_rows
+from llmattrib.settings import resolve
 from llmattrib.store import Manifest, RowStore
 
 COLUMNS = ("norm", "loss", "log_odds", "label")

@@ -28,25 +28,27 @@ Limits: n^2 numbers (20,000 groups: 1.6 GB), n p in float64; time (n^3/3 + n^2 d
 """
 
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float, Int
 
 from llmattrib.errors import MethodError
+from llmattrib.estimators.copies import Groups, group_copies
 from llmattrib.estimators.fixed_point import TINY, Field, factorize, solve_field
 from llmattrib.estimators.pairs import pair_gradient
+from llmattrib.estimators.q_profile import QProfile
 from llmattrib.estimators.quadrature import SHAPLEY, SHIFT_FACTOR, NestedRule, Semivalue
 from llmattrib.games.kernel import KernelGame
 from llmattrib.games.memory import require_memory
 from llmattrib.progress import Progress, silent
-from llmattrib.rng import stream
 
 Form = Literal["pairs", "total_gradient", "cavity"]
 LARGE = 2048
-"""Groups above which the n x n system is float32."""
+"""Groups above which the solve is iterative, in float32."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class MeanFieldResult:
         num_nodes: q-nodes evaluated.
         num_iterations: mean-field rounds over all nodes.
         num_groups: players after equal ones were joined.
-        precision: dtype of the n x n system and the representers.
+        precision: dtype of the solve and the representers.
         seconds: wall time.
         notes: what a reader of the values should know.
     """
@@ -116,27 +118,87 @@ class MeanField:
         Raises:
             MethodError: it does not fit the memory, or the mean field does not converge.
         """
+        return self.sweep(game, (self.semivalue,), progress)[0]
+
+    def sweep(
+        self, game: KernelGame, semivalues: Sequence[Semivalue], progress: Progress = silent
+    ) -> list[MeanFieldResult]:
+        """Compute the representers of several semivalues from one set of q-nodes; `semivalue` is not read.
+
+        Densities share the nodes of their nested rules, and each stops at its own level; equal points are solved once.
+        Results have the bytes that each semivalue would have by itself, and the node counts.
+
+        Args:
+            game: the kernel game.
+            semivalues: the measures over q.
+            progress: called with (nodes done, nodes of the present rule).
+
+        Returns:
+            One result for each semivalue, `seconds` being those of all together.
+
+        Raises:
+            MethodError: it does not fit the memory, or the mean field does not converge.
+        """
         begin = time.perf_counter()
-        self._check_memory(game)
+        self._check_memory(game, semivalues)
         groups = group_copies(game.space.coordinates, game.responses, self.duplicate_tolerance)
         run = _Run(self, game, groups, progress)
-        members, error = run.points() if self.semivalue.beta is None else run.refine()
+        results = [self._result(run, item, game, groups) for item in run.evaluate(semivalues)]
+        return [replace(result, seconds=time.perf_counter() - begin) for result in results]
+
+    def profile(
+        self,
+        game: KernelGame,
+        queries: Float[np.ndarray, "m p"],
+        players: Int[np.ndarray, " e"],
+        progress: Progress = silent,
+    ) -> QProfile:
+        """Follow the values of some players along the q-axis, on the nodes that `init` integrates over.
+
+        Args:
+            game: the kernel game.
+            queries: phi of the queries.
+            players: rows of the game.
+            progress: called with (nodes done, nodes of the present rule).
+
+        Raises:
+            MethodError: the semivalue is not a density, it does not fit the memory, or does not converge.
+        """
+        if self.semivalue.beta is None:
+            raise MethodError(
+                f"{self.semivalue.name} has no density over q to follow", expected="shapley or beta_shapley"
+            )
+        self._check_memory(game, (self.semivalue,))
+        groups = group_copies(game.space.coordinates, game.responses, self.duplicate_tolerance)
+        chosen, turned = groups.group[players], game.space.project(queries.astype(np.float64, copy=False))
+        found: dict[float, np.ndarray] = {}
+
+        def observe(u: float, node: Float[np.ndarray, "g c d"]) -> None:
+            found[u] = np.einsum("md,ecd->mec", turned, node[chosen] / groups.counts[chosen, None, None])
+
+        run = _Run(self, game, groups, progress, observe)
+        (item,) = run.evaluate((self.semivalue,))
+        return QProfile.of(item.rule, found)
+
+    def _result(self, run: "_Run", item: "_Integral", game: KernelGame, groups: Groups) -> MeanFieldResult:
+        members = item.sums.pop()
         total = members.sum(axis=0, dtype=np.float64)
         representers = (members / groups.counts[:, None, None].astype(members.dtype))[groups.group]
+        semivalue = item.rule.semivalue
         result = MeanFieldResult(
             representers=np.stack([game.space.lift(representers[:, c]) for c in range(representers.shape[1])], axis=1),
             form=self.form,
-            semivalue=self.semivalue.name,
-            sum_rule_error=run.sum_rule_error(members, total) if self.semivalue.is_shapley else None,
-            quadrature_error=error,
-            num_nodes=run.num_nodes,
-            num_iterations=run.num_iterations,
+            semivalue=semivalue.name,
+            sum_rule_error=run.sum_rule_error(members, total) if semivalue.is_shapley else None,
+            quadrature_error=item.change,
+            num_nodes=item.num_nodes,
+            num_iterations=item.num_iterations,
             num_groups=len(groups.counts),
             precision=run.dtype.name,
             seconds=0.0,
             notes=(),
         )
-        return replace(result, notes=self._notes(result, len(game.features)), seconds=time.perf_counter() - begin)
+        return replace(result, notes=self._notes(result, len(game.features)))
 
     def compute(self, result: MeanFieldResult, queries: Float[np.ndarray, "m p"]) -> Float[np.ndarray, "m n c"]:
         """Return the values of all players for query features."""
@@ -162,69 +224,75 @@ class MeanField:
             )
         return tuple(notes)
 
-    def num_bytes(self, n: int, p: int, c: int) -> int:
+    def num_bytes(self, n: int, p: int, c: int, semivalues: Sequence[Semivalue] = (SHAPLEY,)) -> int:
         """Return the memory that n players with p features and c responses take."""
+        sums = sum(1 if semivalue.beta is None else self.max_level + 1 for semivalue in semivalues)
         wide, d = (8 if n <= LARGE else 4), min(n, p)
-        rows = 8 * 4 * n * d + (8 * p * d if n < p else 0) + wide * n * (d * (c * (self.max_level + 2) + 3) + c * p)
-        return rows + (wide * n * n if self.form != "cavity" else 0)
+        rows = 8 * 4 * n * d + (8 * p * d if n < p else 0)
+        rows += wide * n * (d * (c * (sums + 1) + 3) + c * p * len(semivalues))
+        return rows + (response_bytes(n, d, wide) if self.form != "cavity" else 0)
 
-    def _check_memory(self, game: KernelGame) -> None:
+    def _check_memory(self, game: KernelGame, semivalues: Sequence[Semivalue]) -> None:
         (n, p), c = game.features.shape, game.responses.shape[1]
-        num_bytes, system = self.num_bytes(n, p, c), self.form != "cavity"
-        fix = "set reduce.form=cavity, which needs no n x n system" if system else "use a smaller features.sketch.dim"
-        require_memory(num_bytes, f"mean-field Shapley of {n} examples in {min(n, p)} dimensions", fix, self.max_bytes)
+        fix = "use a smaller features.sketch.dim"
+        if self.form != "cavity":
+            fix = "set reduce.form=cavity, which needs no n x n system"
+        if len(semivalues) > 1:
+            fix = "shorten reduce.methods, and lengthen it again in a second run: what is finished is kept"
+        what = f"a mean field of {n} examples in {min(n, p)} dimensions"
+        require_memory(self.num_bytes(n, p, c, semivalues), what, fix, self.max_bytes)
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Players joined into groups of equal ones.
+class _Integral:
+    """What has been summed of one semivalue.
 
     Attributes:
-        group: [n] group of each player.
-        leaders: [g] the player whose row stands for the group.
-        counts: [g] members.
+        rule: its measure and nodes.
+        sums: [g, c, d], of a density one for the present and each finer level, of points a single one.
+        previous: [c, d] sum over all players at the level before.
+        change: of that sum by the last refinement, relative.
+        num_nodes: nodes summed.
+        num_iterations: rounds they took.
+        is_done: whether its tolerance is met, or no finer level allowed.
     """
 
-    group: Int[np.ndarray, " n"]
-    leaders: Int[np.ndarray, " g"]
-    counts: Int[np.ndarray, " g"]
+    def __init__(self, rule: NestedRule, shape: tuple[int, ...], dtype: np.dtype[Any], num_levels: int) -> None:
+        self.rule = rule
+        self.sums = [np.zeros(shape, dtype) for _ in range(1 if rule.semivalue.beta is None else num_levels)]
+        self.previous: np.ndarray | None = None
+        self.change: float | None = None
+        self.num_nodes = self.num_iterations = 0
+        self.is_done = rule.semivalue.beta is None
+
+    def add(self, weights: Iterable[float], node: "_Node") -> None:
+        """Add a node to every sum."""
+        for values, weight in zip(self.sums, weights, strict=True):
+            values += weight * node.values
+        self.num_nodes += 1
+        self.num_iterations += node.num_iterations
 
 
-def group_copies(
-    coordinates: Float[np.ndarray, "n d"], responses: Float[np.ndarray, "n c"], tolerance: float | None
-) -> Groups:
-    """Join players whose rows agree within `tolerance` of their norm and whose responses are equal.
+class _Node(NamedTuple):
+    values: Float[np.ndarray, "g c d"]
+    num_iterations: int
 
-    Rows are sorted along a random direction, so only neighbours within the tolerance are compared.
-    """
-    if tolerance is None:
-        everyone = np.arange(len(coordinates))
-        return Groups(everyone, everyone, np.ones_like(everyone))
-    norms = np.linalg.norm(coordinates, axis=1)
-    direction = stream(0, "mean_field", "copies").standard_normal(coordinates.shape[1])
-    heights = coordinates @ (direction / np.linalg.norm(direction))
-    order = np.argsort(heights, kind="stable")
-    leader_of = np.arange(len(coordinates))
-    first = 0
-    for position, player in enumerate(order):
-        while heights[player] - heights[order[first]] > tolerance * norms[player]:
-            first += 1
-        near = order[first:position]
-        near = near[leader_of[near] == near]
-        if len(near):
-            far = np.linalg.norm(coordinates[near] - coordinates[player], axis=1) > tolerance * norms[player]
-            same = ~far & (responses[near] == responses[player]).all(axis=1)
-            if same.any():
-                leader_of[player] = near[np.argmax(same)]
-    leaders, group, counts = np.unique(leader_of, return_inverse=True, return_counts=True)
-    return Groups(group, leaders, counts)
+
+def _unobserved(u: float, node: Float[np.ndarray, "g c d"]) -> None:
+    """Look at no node."""
 
 
 class _Run:
-    """One evaluation: the fields solved so far, and what they cost."""
+    """One evaluation: the game in groups, and the fields solved so far."""
 
-    def __init__(self, estimator: MeanField, game: KernelGame, groups: Groups, progress: Progress) -> None:
-        self.estimator, self.ridge, self.progress = estimator, game.ridge, progress
+    def __init__(
+        self,
+        estimator: MeanField,
+        game: KernelGame,
+        groups: Groups,
+        progress: Progress,
+        observe: Callable[[float, np.ndarray], None] = _unobserved,
+    ) -> None:
+        self.estimator, self.ridge, self.progress, self.observe = estimator, game.ridge, progress, observe
         self.coordinates = game.space.coordinates[groups.leaders]
         self.responses = game.responses[groups.leaders].astype(np.float64)
         self.counts = groups.counts
@@ -234,44 +302,58 @@ class _Run:
         self.full_weights = scipy.linalg.solve_triangular(factor, full, lower=True, trans="T").T
         leverage = np.einsum("gd,gd->g", whitened, whitened)
         norms = np.einsum("gd,gd->g", self.coordinates, self.coordinates)
-        self.known = {  # u -> log d, exact at both ends
+        self.ends = {  # u -> log d, exact at both ends
             0.0: np.log(np.maximum(norms / self.ridge, TINY)),
             1.0: np.log(np.maximum(leverage / (1 - self.counts * leverage), TINY)),
         }
-        self.num_nodes = self.num_iterations = 0
 
-    def points(self) -> tuple[np.ndarray, None]:
-        """Sum over point masses."""
-        rule = NestedRule(self.estimator.semivalue, self._shift())
-        total = np.zeros((*self.responses.shape, self.coordinates.shape[1]), self.dtype)
-        points = self.estimator.semivalue.points
-        for done, (q, weight) in enumerate(points):
-            total += weight * self._node(q, rule.u(q))
+    def evaluate(self, semivalues: Sequence[Semivalue]) -> list[_Integral]:
+        """Integrate over all measures; the last of each one's sums is its members' representers."""
+        shape, shift = (*self.responses.shape, self.coordinates.shape[1]), self._shift()
+        num_levels = self.estimator.max_level + 1
+        items = [_Integral(NestedRule(semivalue, shift), shape, self.dtype, num_levels) for semivalue in semivalues]
+        self._refine([item for item in items if item.rule.semivalue.beta is not None])
+        self._points([item for item in items if item.rule.semivalue.beta is None])
+        return items
+
+    def _points(self, items: list[_Integral]) -> None:
+        """Sum over point masses. Each is solved from the ends alone: its bytes do not depend on other points."""
+        points = sorted({q for item in items for q, _ in item.rule.semivalue.points})
+        for done, q in enumerate(points):
+            node = self._node(q, items[0].rule.u(q), dict(self.ends))
+            for item in items:
+                for weight in (weight for point, weight in item.rule.semivalue.points if point == q):
+                    item.add([weight], node)
             self.progress(done + 1, len(points))
-        return total, None
 
-    def refine(self) -> tuple[np.ndarray, float | None]:
-        """Integrate a density, refining the nested rule until the tolerance is met."""
-        rule = NestedRule(self.estimator.semivalue, self._shift())
-        levels = range(self.estimator.max_level + 1)
-        shape = (*self.responses.shape, self.coordinates.shape[1])
-        sums = [np.zeros(shape, self.dtype) for _ in levels]
-        previous, change = None, None
-        for level in levels:
-            nodes = rule.nodes(level)
+    def _refine(self, items: list[_Integral]) -> None:
+        """Integrate densities, refining their nested rules until each meets the tolerance.
+
+        Nodes of a level start from those before, which are the same whichever densities are still open.
+        """
+        known, max_level = dict(self.ends), self.estimator.max_level
+        for level in range(max_level + 1):
+            pending = [item for item in items if not item.is_done]
+            nodes = pending[0].rule.nodes(level) if pending else []
             for done, (index, u) in enumerate(nodes):
-                node = self._node(rule.q(u), u)
-                for finer in levels[level:]:
-                    sums[finer] += rule.weight(level, index, finer) * node
+                node = self._node(pending[0].rule.q(u), u, known)
+                self.observe(u, node.values)
+                for item in pending:
+                    item.add([item.rule.weight(level, index, finer) for finer in range(level, max_level + 1)], node)
                 self.progress(done + 1, len(nodes))
-            total = sums[level].sum(axis=0, dtype=np.float64)
-            change = None if previous is None else self._relative(total - previous, sums[level])
-            previous = total
-            exact = self.estimator.form != "cavity" and self.estimator.semivalue.is_shapley
-            error = self.sum_rule_error(sums[level], total) if exact else change
-            if error is not None and error <= self.estimator.tolerance:
-                break
-        return sums[level], change
+            for item in pending:
+                self._close(item)
+
+    def _close(self, item: _Integral) -> None:
+        """Measure the error of the present level: keep its sum alone where it will do, the finer ones otherwise."""
+        values, semivalue = item.sums[0], item.rule.semivalue
+        total = values.sum(axis=0, dtype=np.float64)
+        item.change = None if item.previous is None else self._relative(total - item.previous, values)
+        item.previous = total
+        exact = self.estimator.form != "cavity" and semivalue.is_shapley
+        error = self.sum_rule_error(values, total) if exact else item.change
+        item.is_done = len(item.sums) == 1 or (error is not None and error <= self.estimator.tolerance)
+        item.sums = [values] if item.is_done else item.sums[1:]
 
     def sum_rule_error(self, values: np.ndarray, total: np.ndarray) -> float:
         """Compare the sum of all values with the weights of the full model."""
@@ -290,34 +372,33 @@ class _Run:
             vector = self.coordinates.T @ (self.counts * (self.coordinates @ vector))
         return SHIFT_FACTOR * self.ridge / float(np.linalg.norm(vector))
 
-    def _node(self, q: float, u: float) -> Float[np.ndarray, "g c d"]:
-        """Return the group representers at q."""
+    def _node(self, q: float, u: float, known: dict[float, np.ndarray]) -> _Node:
+        """Return the group representers at q, and add its log d to those known."""
         field = solve_field(
             self.coordinates,
             self.counts,
             self.ridge,
             q,
-            self._guess(u),
+            _guess(u, known),
             tolerance=self.estimator.fixed_point_tolerance,
             max_iterations=self.estimator.max_iterations,
         )
-        self.known[u] = np.log(field.cavity)
-        self.num_nodes += 1
-        self.num_iterations += field.num_iterations
+        known[u] = np.log(field.cavity)
         residual = self.responses - field.whitened @ field.weights(self.responses)
         whitened = field.whitened.astype(self.dtype)
         gradient = _Gradient(field, whitened, self.estimator.form)
         columns = [field.unwhiten(gradient(column)) for column in residual.T.astype(self.dtype)]
-        return np.stack(columns, axis=1)
+        return _Node(np.stack(columns, axis=1), field.num_iterations)
 
-    def _guess(self, u: float) -> Float[np.ndarray, " g"]:
-        """Interpolate log d from the (up to four) nearest nodes solved."""
-        nearest = sorted(self.known, key=lambda other: abs(other - u))[:4]
-        guess = np.zeros(len(self.counts))
-        for node in nearest:
-            others = [other for other in nearest if other != node]
-            guess += np.prod([(u - other) / (node - other) for other in others]) * self.known[node]
-        return guess
+
+def _guess(u: float, known: dict[float, np.ndarray]) -> Float[np.ndarray, " g"]:
+    """Interpolate log d from the (up to four) nearest nodes solved."""
+    nearest = sorted(known, key=lambda other: abs(other - u))[:4]
+    guess = np.zeros(len(known[nearest[0]]))
+    for node in nearest:
+        others = [other for other in nearest if other != node]
+        guess += np.prod([(u - other) / (node - other) for other in others]) * known[node]
+    return guess
 
 
 class _Gradient:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from llmattrib.errors import MethodError
+from llmattrib.methods import MethodName
 
 FIRST_INTERVALS = 8
 SHIFT_FACTOR = 30.0
@@ -29,9 +30,9 @@ class Semivalue:
     """A probability measure over q.
 
     Attributes:
-        name: for messages and results.
-        points: (q, weight) of its point masses.
-        beta: parameters of the Beta density of q, or None when there are only points.
+        name: for messages and results; one measure has one name.
+        points: (q, weight) of its point masses; none beside a density.
+        beta: parameters of the Beta density of q, or None when there are points.
     """
 
     name: str
@@ -45,13 +46,16 @@ class Semivalue:
                 f"semivalue {self.name} has the density Beta{self.beta} of q, which is unbounded",
                 expected="both parameters at least 1",
             )
-        if (self.beta is None and not self.points) or any(not 0 <= q <= 1 for q, _ in self.points):
-            raise MethodError(f"semivalue {self.name} has points {self.points}", expected="q in [0, 1], at least one")
+        if (self.beta is None) != bool(self.points) or any(not 0 <= q <= 1 for q, _ in self.points):
+            raise MethodError(
+                f"semivalue {self.name} has points {self.points}",
+                expected="q in [0, 1], at least one, or a density instead",
+            )
 
     @property
     def is_shapley(self) -> bool:
         """Whether the values sum to v(N) - v(empty)."""
-        return self.beta == (1.0, 1.0) and not self.points
+        return self.beta == (1.0, 1.0)
 
     def density(self, q: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
         """Return the density at q."""
@@ -70,12 +74,18 @@ LEAVE_ONE_OUT = Semivalue("leave_one_out", points=((1.0, 1.0),))
 
 def beta_shapley(a: float, b: float) -> Semivalue:
     """Beta(a, b)-Shapley: q ~ Beta(b, a), the arguments swapped; a > b favours small subsets."""
-    return Semivalue(f"beta_shapley({a:g},{b:g})", beta=(float(b), float(a)))
+    return Semivalue(str(MethodName("beta_shapley", (a, b))), beta=(float(b), float(a)))
+
+
+def weighted_banzhaf(q: float) -> Semivalue:
+    """One inclusion probability for all."""
+    return Semivalue(str(MethodName("weighted_banzhaf", (q,))), points=((float(q), 1.0),))
 
 
 def ame(inclusion: Sequence[float]) -> Semivalue:
     """AME with q uniform on the given inclusion probabilities."""
-    return Semivalue("ame", points=tuple((float(q), 1 / len(inclusion)) for q in inclusion))
+    points = tuple(sorted(map(float, inclusion)))
+    return Semivalue(str(MethodName("ame", points)), points=tuple((q, 1 / len(points)) for q in points))
 
 
 def clenshaw_curtis(num_intervals: int) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
@@ -105,6 +115,10 @@ class NestedRule:
         """Return (index within the level, u) of the nodes that are new at a level."""
         u, _ = clenshaw_curtis(FIRST_INTERVALS * 2**level)
         return [(index, float(u[index])) for index in range(0 if level == 0 else 1, len(u), 1 if level == 0 else 2)]
+
+    def level(self, num_intervals: int) -> int:
+        """Return the level of a number of intervals."""
+        return (num_intervals // FIRST_INTERVALS).bit_length() - 1
 
     def q(self, u: float) -> float:
         """Map u to q; the ends are exact."""

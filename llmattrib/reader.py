@@ -1,0 +1,110 @@
+"""The feature store as methods see it: centred, scaled, with the responses and the ridge of the kernel game.
+
+Memory: statistics and row spaces are kept for later methods; `features` and `game` hold the rows in float64.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import expit
+
+from llmattrib.games.kernel import LOO_GRID, FeatureRows, KernelGame
+from llmattrib.scorers.gradient import absolute_ridge, unit_rows
+from llmattrib.settings import Response, Settings
+from llmattrib.store import RowStore
+
+Representers = Callable[[], Iterator[tuple[int, Float[np.ndarray, "m c p"]]]]
+"""A pass over (first row, representers), shard by shard."""
+
+
+class FeatureReader:
+    """The feature store as methods see it, centred and scaled; statistics are kept for later methods."""
+
+    def __init__(self, store: RowStore) -> None:
+        self.store, self.manifest = store, store.manifest
+        self.output = str(store.manifest.fingerprint["features"]["output"])
+        self._features: dict[tuple[bool, bool, int], FeatureRows] = {}
+
+    @cached_property
+    def mean(self) -> Float[np.ndarray, "c p"]:
+        """Mean feature, float32 as it is stored, so that queries are centred by the same numbers."""
+        total = np.zeros((self.manifest.num_outputs, self.manifest.dim))
+        for _, rows in self.store.blocks():
+            total += rows.sum(axis=0, dtype=np.float64)
+        return (total / self.manifest.num_rows).astype(np.float32)
+
+    def center(self, settings: Settings) -> Float[np.ndarray, "c p"]:
+        """Return what is subtracted: the mean, or zeros."""
+        return self.mean if settings.center else np.zeros((self.manifest.num_outputs, self.manifest.dim), np.float32)
+
+    def blocks(self, settings: Settings) -> Iterator[tuple[int, Float[np.ndarray, "m c p"]]]:
+        """Yield (first row, rows), shard by shard."""
+        center = self.center(settings)
+        for start, rows in self.store.blocks():
+            rows = rows - center if settings.center else rows
+            yield start, unit_rows(rows) if settings.normalize else rows
+
+    def features(self, settings: Settings, output: int = 0) -> FeatureRows:
+        """Return the rows of one output; the same object for the same transform."""
+        key = settings.center, settings.normalize, output
+        if key not in self._features:
+
+            def blocks() -> Iterator[tuple[int, Float[np.ndarray, "m p"]]]:
+                return ((start, rows[:, output]) for start, rows in self.blocks(settings))
+
+            self._features[key] = FeatureRows(blocks, self.manifest.num_rows, self.manifest.dim)
+        return self._features[key]
+
+    @cached_property
+    def log_odds(self) -> Float[np.ndarray, " n"]:
+        """Log p/(1-p) of every example."""
+        return np.asarray(self.store.column("log_odds"), np.float64)
+
+    def responses(self, response: Response, output: int) -> Float[np.ndarray, "n 1"]:
+        """Return y of the kernel game over the rows of one output."""
+        if response == "residual":
+            return np.asarray(expit(-self.log_odds)[:, None])
+        if self.output != "logits":
+            return np.ones((self.manifest.num_rows, 1))
+        is_class = self.store.column("label") == output
+        return np.asarray(is_class[:, None] - 1 / self.manifest.num_outputs)
+
+    def game(self, settings: Settings, ridge: float, output: int) -> KernelGame:
+        """Return the kernel game of one output, in the coordinates of `features(settings, output).space`.
+
+        Args:
+            settings: of a method that has responses.
+            ridge: in units of the mean squared feature norm.
+            output: which rows.
+        """
+        assert settings.response is not None
+        features = self.features(settings, output)
+        lam = absolute_ridge(features, ridge)
+        return KernelGame(features.space.coordinates, self.responses(settings.response, output), lam)
+
+
+def choose_ridge(
+    settings: Settings, reader: FeatureReader
+) -> tuple[float | None, list[tuple[float, float]], list[str]]:
+    """Return the relative ridge, the leave-one-out curve it was chosen by, and notes."""
+    if settings.ridge != "loo":
+        return settings.ridge, [], []
+    assert settings.response is not None
+    totals = np.zeros(len(LOO_GRID))
+    num_outputs = reader.manifest.num_outputs
+    for output in range(num_outputs):
+        features = reader.features(settings, output)
+        ridges = [absolute_ridge(features, ridge) for ridge in LOO_GRID]
+        totals += features.leave_one_out_errors(reader.responses(settings.response, output), ridges)
+    curve = [(ridge, float(total) / num_outputs) for ridge, total in zip(LOO_GRID, totals, strict=True)]
+    best = int(np.argmin(totals))
+    notes = []
+    if best in (0, len(LOO_GRID) - 1):
+        side = "smallest" if best == 0 else "largest"
+        notes.append(
+            f"leave-one-out chose ridge {LOO_GRID[best]:g}, the {side} of its grid: the best may lie beyond; "
+            "set reduce.ridge to try others"
+        )
+    return LOO_GRID[best], curve, notes

@@ -1,0 +1,156 @@
+"""Semivalues of stored features: the kernel games of a run, one sweep over q for all its methods, their certificates.
+
+Features of `logits` play one game per class; the others play one. Methods of one run have the same settings but for
+the measure over q, so they share games and q-nodes. What a method gets does not depend on the others.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from llmattrib.config import Method
+from llmattrib.estimators.certificate import Certificate, certify, sample_queries
+from llmattrib.estimators.mean_field import MeanField, MeanFieldResult
+from llmattrib.estimators.q_profile import QProfile
+from llmattrib.estimators.quadrature import (
+    BANZHAF,
+    LEAVE_ONE_OUT,
+    SHAPLEY,
+    Semivalue,
+    ame,
+    beta_shapley,
+    weighted_banzhaf,
+)
+from llmattrib.estimators.subset import Subset
+from llmattrib.games.kernel import KernelGame, RowSpace
+from llmattrib.methods import MethodName
+from llmattrib.progress import Progress
+from llmattrib.reader import FeatureReader, Representers
+from llmattrib.settings import Settings
+
+_CERTIFICATE_QUERIES = 32
+_NOTED_BIAS = 0.05
+
+
+def semivalue_of(method: Method) -> Semivalue:
+    """Return the measure over q of a method that is a semivalue."""
+    name = MethodName.parse(method)
+    if name.kind == "beta_shapley":
+        return beta_shapley(*name.arguments)
+    if name.kind == "weighted_banzhaf":
+        return weighted_banzhaf(*name.arguments)
+    if name.kind == "ame":
+        return ame(name.arguments)
+    return {"shapley": SHAPLEY, "banzhaf": BANZHAF, "leave_one_out": LEAVE_ONE_OUT}[name.kind]
+
+
+def mean_field(settings: Settings) -> MeanField:
+    """Return the estimator of a method that is a semivalue."""
+    assert settings.form is not None
+    assert settings.sum_rule_tolerance is not None
+    return MeanField(semivalue_of(settings.method), form=settings.form, tolerance=settings.sum_rule_tolerance)
+
+
+def play(
+    settings: Sequence[Settings], ridge: float, reader: FeatureReader, progress: Progress
+) -> list[tuple[dict[str, Any], Representers]]:
+    """Play the kernel games of all outputs.
+
+    Args:
+        settings: of semivalues; equal but for the method.
+        ridge: in units of the mean squared feature norm.
+        reader: the features.
+        progress: called with (done, total), for each rule of each output again.
+
+    Returns:
+        For each method what to note about it, and its representers.
+
+    Raises:
+        MethodError: it does not fit the memory, or the mean field does not converge.
+    """
+    assert len({dataclasses.replace(item, method="shapley") for item in settings}) == 1
+    semivalues = [semivalue_of(item.method) for item in settings]
+    num_outputs, draws = reader.manifest.num_outputs, settings[0].certificate_draws
+    spaces: list[RowSpace] = []
+    results: list[list[MeanFieldResult]] = [[] for _ in settings]
+    certificates: list[list[Certificate]] = [[] for _ in settings]
+    for output in range(num_outputs):
+
+        def report(done: int, total: int, before: int = output) -> None:
+            progress(before * total + done, num_outputs * total)
+
+        game = reader.game(settings[0], ridge, output)
+        spaces.append(reader.features(settings[0], output).space)
+        for index, result in enumerate(mean_field(settings[0]).sweep(game, semivalues, report)):
+            results[index].append(result)
+            if draws:
+                certificates[index].append(_certificate(game, result, semivalues[index], draws))
+    return [_outcome(reader, spaces, found, measured) for found, measured in zip(results, certificates, strict=True)]
+
+
+def follow(
+    settings: Settings,
+    ridge: float,
+    reader: FeatureReader,
+    queries: Float[np.ndarray, "m p"],
+    rows: Int[np.ndarray, " e"],
+    output: int,
+    progress: Progress,
+) -> QProfile:
+    """Follow the values of some examples along the q-axis, in the game of one output.
+
+    Args:
+        settings: of a semivalue with a density.
+        ridge: in units of the mean squared feature norm.
+        reader: the features.
+        queries: query features, centred and scaled as the settings say.
+        rows: examples.
+        output: which game.
+        progress: called with (nodes done, nodes of the present rule).
+    """
+    game, space = reader.game(settings, ridge, output), reader.features(settings, output).space
+    return mean_field(settings).profile(game, space.project(queries.astype(np.float64)), rows, progress)
+
+
+def _certificate(game: KernelGame, result: MeanFieldResult, semivalue: Semivalue, draws: int) -> Certificate:
+    queries = sample_queries(game.features, _CERTIFICATE_QUERIES, seed=0)
+    return certify(game, result, queries, Subset(semivalue, num_draws=draws))
+
+
+def _outcome(
+    reader: FeatureReader,
+    spaces: Sequence[RowSpace],
+    results: Sequence[MeanFieldResult],
+    certificates: Sequence[Certificate],
+) -> tuple[dict[str, Any], Representers]:
+    """Gather the games of all outputs for one method."""
+    size, num_rows = reader.manifest.shard_size, reader.manifest.num_rows
+    prefix = ["" if len(results) == 1 else f"class {output}: " for output in range(len(results))]
+    notes = [before + note for before, result in zip(prefix, results, strict=True) for note in result.notes]
+    certificate: Certificate | None = None
+    for found in certificates:
+        certificate = found if certificate is None else certificate.merge(found)
+    measured = None if certificate is None else certificate.summary()
+    if measured is not None and measured.lower > _NOTED_BIAS:
+        notes.append(f"the mean field is off: {measured}; take a larger ridge, or reduce.form=pairs")
+    errors = [result.sum_rule_error for result in results if result.sum_rule_error is not None]
+
+    def representers() -> Iterator[tuple[int, Float[np.ndarray, "m c p"]]]:
+        for start in range(0, num_rows, size):
+            parts = [
+                space.lift(result.representers[start : start + size, 0])
+                for space, result in zip(spaces, results, strict=True)
+            ]
+            yield start, np.stack(parts, axis=1).astype(np.float32)
+
+    return {
+        "sum_rule_error": max(errors) if errors else None,
+        "certificate": None if measured is None else dataclasses.asdict(measured),
+        "num_nodes": max(result.num_nodes for result in results),
+        "num_groups": [result.num_groups for result in results],
+        "precision": results[0].precision,
+        "notes": notes,
+    }, representers

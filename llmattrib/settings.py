@@ -1,0 +1,94 @@
+"""Reduce settings of one method, with every `auto` resolved, and the responses of the kernel game that they may name.
+
+Responses: features of `loss`, `log_odds` and `margin` are gradients of an example's own label, so the code of the right
+label, +1, is in their sign already and `labels` means 1 for them, as `unit` does. Features of `logits` have one row per
+class and play one game per class with one-hot minus 1/c. What `auto` means and why: docs/methods.md section 5.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmattrib.config import Method, ReduceConfig
+from llmattrib.errors import MethodError
+from llmattrib.estimators.mean_field import LARGE, Form
+from llmattrib.methods import MethodName
+
+Response = Literal["labels", "unit", "residual"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Reduce settings of one method with every `auto` resolved; None where the method has no such setting."""
+
+    method: Method
+    center: bool
+    normalize: bool
+    dtype: Literal["float16", "float32"]
+    ridge: float | Literal["loo"] | None
+    response: Response | None
+    form: Form | None
+    sum_rule_tolerance: float | None
+    certificate_draws: int | None
+
+
+def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool, num_rows: int) -> Settings:
+    """Fill in what a method's `auto` settings mean.
+
+    Args:
+        config: the reduce section.
+        method: which method.
+        output: output function of the features.
+        has_labels: whether the data has label words.
+        num_rows: n.
+
+    Raises:
+        MethodError: the method or its response cannot use these features.
+    """
+    is_semivalue = MethodName.parse(method).is_semivalue
+    if output == "logits" and not is_semivalue:
+        raise MethodError(
+            f"{method} needs one gradient per example, and features of output logits have one per class",
+            expected="features.output loss, log_odds, margin or pntk",
+            fix="set reduce.methods=[shapley] or other semivalues, or build features of output margin",
+        )
+    ridge: float | Literal["loo"] | None = None
+    if method not in ("grad_dot", "grad_cos"):
+        ridge = ("loo" if is_semivalue and has_labels else 0.1) if config.ridge == "auto" else config.ridge
+    response: Response | None = None
+    if is_semivalue or ridge == "loo":
+        own_labels = has_labels and output != "pntk"  # the gradient of a sum over classes knows no label
+        response = ("labels" if own_labels else "unit") if config.response == "auto" else config.response
+        _check_response(response, output, has_labels)
+    form: Form = ("pairs" if num_rows <= LARGE else "total_gradient") if config.form == "auto" else config.form
+    return Settings(
+        method=method,
+        center=(is_semivalue and not has_labels) if config.center == "auto" else config.center,
+        normalize=method == "grad_cos" or (is_semivalue if config.normalize == "auto" else config.normalize),
+        dtype=config.dtype,
+        ridge=ridge,
+        response=response,
+        form=form if is_semivalue else None,
+        sum_rule_tolerance=config.sum_rule_tolerance if is_semivalue else None,
+        certificate_draws=config.certificate_draws if is_semivalue else None,
+    )
+
+
+def _check_response(response: Response, output: str, has_labels: bool) -> None:
+    if response == "labels" and not has_labels:
+        raise MethodError(
+            "reduce.response=labels needs label words, and data.label_words is empty",
+            expected="unit or residual for generation",
+            fix="set reduce.response=unit, or name data.label_words and build again",
+        )
+    if response == "labels" and output == "pntk":
+        raise MethodError(
+            "features of output pntk are the same for every label, so labels cannot be their responses",
+            expected="features.output logits, margin, log_odds or loss for responses that are labels",
+            fix="build features of one of these, or set reduce.response=unit",
+        )
+    if response != "labels" and output == "logits":
+        raise MethodError(
+            f"reduce.response={response} gives every class the same response",
+            expected="labels for features of output logits",
+            fix="set reduce.response=labels",
+        )
