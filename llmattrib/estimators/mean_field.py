@@ -21,10 +21,10 @@ Relative error against exact enumeration, n = 8-10, 40 games each, median (large
 (1.9), total gradient 3.5 % (7.0), cavity 12 % (21); p = 20: 0.1 % (0.5), 0.6 % (1.5), 5 % (9). Ridge 1: pairs below
 0.1 %. At n = 1,000, p = 16-1,000, ridge 0.01-1 total gradient and pairs differ by 0.01-0.2 %.
 
-Precision: Grams, Cholesky factors, leverages and totals in float64; above 2,048 groups the n x n system and the
-representers are float32. Memory is checked before it is used.
-Limits: n^2 numbers (20,000 groups: 1.6 GB), n p in float64; time (n^3/3 + n^2 d (1 + 2c)) flops a node, `pairs` about
-12 n^2 d c and 100 elementwise operations on n^2 more.
+Precision: Grams, Cholesky factors, leverages and totals in float64; above 2,048 groups the solve and the representers
+are float32, the solve iterative with a residual of 1e-4 (`response`). Memory is checked before it is used.
+Limits: n p in float64, no n x n system above 16 d groups; time about 3 n^2 d c flops a node, `pairs` about 12 n^2 d c
+and 100 elementwise operations on n^2 more; every round of the fixed point 2 n d^2 in float64, all that `cavity` takes.
 """
 
 import time
@@ -42,6 +42,7 @@ from llmattrib.estimators.fixed_point import TINY, Field, factorize, solve_field
 from llmattrib.estimators.pairs import pair_gradient
 from llmattrib.estimators.q_profile import QProfile
 from llmattrib.estimators.quadrature import SHAPLEY, SHIFT_FACTOR, NestedRule, Semivalue
+from llmattrib.estimators.response import Direct, Iterative, response_bytes
 from llmattrib.games.kernel import KernelGame
 from llmattrib.games.memory import require_memory
 from llmattrib.progress import Progress, silent
@@ -411,29 +412,12 @@ class _Gradient:
         )
         self.plain = form == "cavity" or not self.b.all()  # nothing scatters at q = 0 and q = 1
         if not self.plain:
-            self._factorize(field.q)
-
-    def _factorize(self, q: float) -> None:
-        """Factorise N."""
-        scaled = np.sqrt(self.b) * self.whitened
-        syrk = scipy.linalg.get_blas_funcs("syrk", (scaled,))
-        potrf, self._potrs = scipy.linalg.get_lapack_funcs(("potrf", "potrs"), (scaled,))
-        system = syrk(1.0, scaled.T, trans=1, lower=1)
-        np.multiply(system, system, out=system)
-        np.negative(system, out=system)
-        system[np.diag_indices(len(system))] = 1
-        self.factor, failed = potrf(system, lower=1, overwrite_a=1)
-        if failed:
-            raise MethodError(
-                f"the mean field is not stable at q = {q:.3g}",
-                expected="a positive definite response of the fixed point",
-                fix="take a larger ridge, or set reduce.form=cavity",
-            )
+            solver = Direct if whitened.dtype == np.float64 else Iterative
+            self.response = solver(np.sqrt(self.b) * whitened, field.q)
 
     def _solve(self, rows: Float[np.ndarray, "g d"]) -> Float[np.ndarray, "g d"]:
         """Return gain b^-1 N^-1 rows."""
-        solved: np.ndarray = self._potrs(self.factor, rows, lower=1)[0]
-        return np.asarray(self.gain / self.b * solved)
+        return np.asarray(self.gain / self.b * self.response.solve(rows))
 
     def __call__(self, residual: Float[np.ndarray, " g"]) -> Float[np.ndarray, "g d"]:
         """Return whitened representers."""
