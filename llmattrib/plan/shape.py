@@ -1,4 +1,4 @@
-"""The model of a run without its weights: what is counted, and the peak memory of one batch, both on torch's meta device.
+"""The model of a run without its weights: what is counted, and the peak memory of a batch, on torch's meta device.
 
 Parameters and LoRA layers are those of the real classes (transformers, PEFT), so any architecture that `build` takes
 is planned alike. `batch_peak` runs the real forward, output function and backward on tensors that have shapes and no
@@ -110,7 +110,7 @@ def empty_model(config: RunConfig, adapter: Path | None = None, num_adapters: in
     )
     try:
         with torch.device("meta"), quiet_loading():
-            base: Any = AutoModelForCausalLM.from_config(
+            base: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 architecture,
                 dtype=getattr(torch, settings.dtype),
                 attn_implementation=settings.attn_implementation,
@@ -121,7 +121,9 @@ def empty_model(config: RunConfig, adapter: Path | None = None, num_adapters: in
             f"{settings.name} cannot be laid out: {first_line(error)}", expected="a causal language model"
         ) from error
     counts = _count(base)
-    linear = [(name, int(module.weight.numel())) for name, module in linear_modules(base)]
+    linear = [
+        (name, sum(p.numel() for p in module.parameters() if p.dim() == 2)) for name, module in linear_modules(base)
+    ]
     model, layers = empty_adapter(base, settings.lora, adapter)
     taps, blocks = _taps(layers, config, num_adapters)
     lowest = min(_block_number(layer.name) for layer in layers)
@@ -229,7 +231,7 @@ def _outputs(empty: EmptyModel, config: RunConfig, batch: BatchShape) -> Float[T
     base: Any = empty.model
     head = base.get_base_model().get_output_embeddings()
     ids = torch.zeros(b, t, dtype=torch.int64)
-    mask = torch.ones(b, 1, t, t, dtype=torch.bool) if b > 1 else None  # one example has no padding
+    mask = torch.ones(b, 1, t, t, dtype=torch.bool)  # of four dimensions, which no model looks into
     handle = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[None, :m].clone(), *args[1:]))
     try:
         logits = base(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
@@ -280,6 +282,8 @@ class _FusedAttention(TorchFunctionMode):
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **settings)
         mask = settings.get("attn_mask")
+        if len(args[0]) == 1:  # one example by itself has no padding, and needs no mask
+            mask = None
         numbers = None if mask is None else mask.to(args[0].dtype)
         return _Kept.apply(*args[:3], numbers)  # type: ignore[no-untyped-call]
 
@@ -294,6 +298,6 @@ class _Kept(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors[:3]
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None

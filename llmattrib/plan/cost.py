@@ -1,0 +1,203 @@
+"""The cost model: FLOPs, bytes and hours of each stage as formulas, derived in docs/scaling.md.
+
+A multiplication with an addition is two FLOPs. Counts are of matrix products and other terms that grow; sums over
+examples are exact where the lengths are known. Limits: linear layers are counted, so the FLOPs of routed experts kept
+in one tensor are not; reduce counts a typical number of nodes and rounds, which depend on the data.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmattrib.config import IndexConfig, Method, RunConfig
+from llmattrib.estimators.mean_field import MeanField
+from llmattrib.index import MAX_POINTS_PER_CENTROID, PQ_BITS, SAMPLE_ROWS
+from llmattrib.manifest import Manifest
+from llmattrib.plan.shape import ModelShape
+from llmattrib.settings import resolve
+
+NODES, ROUNDS = 31, 6
+"""Nodes of a mean field, and rounds of its fixed point at each: typical of unit rows at ridge 0.1."""
+KMEANS_ROUNDS = 25
+_VECTOR_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Sums over the examples, padding of their batches included.
+
+    Attributes:
+        num_examples: n.
+        num_tokens: tokens without padding.
+        padded: tokens with padding.
+        pairs: sum over examples of the squared width of their batch.
+        completion: completion positions.
+    """
+
+    num_examples: int
+    num_tokens: int
+    padded: int
+    pairs: int
+    completion: int
+
+    def scaled(self, num_examples: int) -> "Tokens":
+        """Return the sums of another number of examples of the same lengths."""
+        sums = self.num_tokens, self.padded, self.pairs, self.completion
+        return Tokens(num_examples, *(total * num_examples // self.num_examples for total in sums))
+
+
+def feature_dim(shape: ModelShape, config: RunConfig) -> int:
+    """Return p, the width of the sketch."""
+    sketch = config.features.sketch
+    if sketch.kind == "none":
+        return shape.gradient_dim
+    return sketch.dim if sketch.kind == "rademacher" else min(sketch.dim, shape.gradient_dim)
+
+
+def num_outputs(config: RunConfig) -> int:
+    """Return c, the feature rows of an example."""
+    return len(config.data.label_words) if config.features.output == "logits" else 1
+
+
+def build_flops(shape: ModelShape, config: RunConfig, tokens: Tokens, num_adapters: int) -> dict[str, int]:
+    """Return the FLOPs of `build` by part: forward, backward, lora, sketch.
+
+    With L weights in linear layers, L' of them from the lowest LoRA layer on, H in the output embedding, w and w' the
+    heads times their width summed over those layers, T tokens, M completion positions, W the width of a batch:
+
+        forward     2 L T + 2 H M + 4 w sum W^2
+        backward    c (2 L' T + 2 H M + k w' sum W^2)         k = 10 for fused attention, 8 for eager
+        lora        init:     2 k T (sum r d_in + c sum r d_out) for k draws
+                    trained:  T (4 sum r d_in + 2 sum r d_out) + c T (4 sum r d_in + 6 sum r d_out)
+        sketch      c n P (4, dense 2 p + 2) for gradients of P entries
+
+    No gradient of a base weight is formed, so the backward costs one product a layer, not two.
+    """
+    c, at_init = num_outputs(config), config.features.linearisation == "init"
+    passes = 1 if at_init else num_adapters
+    head = 2 * shape.head_parameters * tokens.completion
+    attention = 10 if config.model.attn_implementation == "sdpa" else 8
+    forward = 2 * shape.linear_parameters * tokens.padded + head + 4 * shape.attention_width * tokens.pairs
+    backward = 2 * shape.backward_parameters * tokens.padded + head
+    backward += attention * shape.backward_attention_width * tokens.pairs
+    if at_init:
+        lora = 2 * config.features.num_inits * tokens.padded * (shape.lora_in + c * shape.lora_out)
+    else:
+        lora = tokens.padded * (4 * shape.lora_in + 2 * shape.lora_out)
+        lora += c * tokens.padded * (4 * shape.lora_in + 6 * shape.lora_out)
+    entry = 2 * feature_dim(shape, config) + 2 if config.features.sketch.kind == "rademacher" else 4
+    sketch = c * tokens.num_examples * shape.gradient_dim * entry
+    return {"forward": passes * forward, "backward": passes * c * backward, "lora": passes * lora, "sketch": sketch}
+
+
+def train_flops(shape: ModelShape, config: RunConfig, tokens: Tokens) -> int:
+    """Return the FLOPs of `train`: forward and backward of every epoch with gradients of A and B, without padding."""
+    head = 2 * shape.head_parameters * tokens.completion
+    linear = 2 * (shape.linear_parameters + shape.backward_parameters) * tokens.num_tokens
+    attention = (4 * shape.attention_width + 10 * shape.backward_attention_width) * tokens.pairs
+    return config.train.epochs * (
+        linear + 2 * head + attention + 6 * tokens.num_tokens * (shape.lora_in + shape.lora_out)
+    )
+
+
+def features_manifest(config: RunConfig, num_rows: int, dim: int) -> Manifest:
+    """Return the manifest that gives the size of the features; its fingerprint is empty."""
+    from_build = ("norm", "loss", "log_odds", "label")
+    return Manifest("features", num_rows, num_outputs(config), dim, config.features.dtype, _shard(config), from_build)
+
+
+def representers_bytes(config: RunConfig, num_rows: int, dim: int) -> int:
+    """Return the bytes of one method's representers: rows, scales, and the vectors `mean` and `total`."""
+    c = num_outputs(config)
+    store = Manifest("representers", num_rows, c, dim, config.reduce.dtype, _shard(config))
+    return store.num_bytes + 2 * _VECTOR_BYTES * c * dim
+
+
+def _shard(config: RunConfig) -> int:
+    return config.features.shard_size
+
+
+def index_bytes(config: IndexConfig, num_rows: int, dim: int) -> int:
+    """Return the bytes of one method's index file and of its sample of vectors for shares.
+
+    Args:
+        config: its kind and settings.
+        num_rows: n.
+        dim: c * p.
+    """
+    vector = _VECTOR_BYTES * dim
+    sample = min(num_rows, SAMPLE_ROWS) * vector
+    if config.kind == "flat":
+        return num_rows * vector + sample
+    if config.kind == "hnsw":  # level l >= 1 holds M^-l of the rows; offsets 8 bytes, levels 4
+        m = config.hnsw_neighbors
+        links = 2 * m + (m / (m - 1) if m > 1 else 1)
+        return num_rows * (vector + 12) + round(4 * links * num_rows) + sample
+    codebooks = (config.ivf_lists + (1 << PQ_BITS)) * vector
+    return num_rows * (config.pq_subquantizers + 8) + codebooks + sample
+
+
+def index_flops(config: IndexConfig, num_rows: int, dim: int) -> dict[str, int]:
+    """Return the FLOPs of building one method's index (`build`) and of one query (`search`)."""
+    product = 2 * dim
+    if config.kind == "flat":
+        return {"build": 0, "search": num_rows * product}
+    if (
+        config.kind == "hnsw"
+    ):  # a search of width ef looks at about 2 M neighbours of each of ef nodes, half of them new
+        looked = config.hnsw_neighbors * product
+        return {
+            "build": num_rows * config.hnsw_ef_construction * looked,
+            "search": config.hnsw_ef_search * looked,
+        }
+    lists, centroids = config.ivf_lists, config.ivf_lists + (1 << PQ_BITS)
+    training = min(num_rows, MAX_POINTS_PER_CENTROID * max(lists, 1 << PQ_BITS))
+    scanned = num_rows * min(config.ivf_probes, lists) // lists
+    return {
+        "build": product * centroids * (KMEANS_ROUNDS * training + num_rows),
+        "search": product * centroids + scanned * config.pq_subquantizers,
+    }
+
+
+def reduce_cost(config: RunConfig, method: Method, num_rows: int, dim: int) -> dict[str, int | str]:
+    """Return the FLOPs and the host memory, in bytes, of one method's representers, and its form if it has one.
+
+    Args:
+        config: the run.
+        method: which method.
+        num_rows: n.
+        dim: p.
+    """
+    settings = resolve(config.reduce, method, config.features.output, bool(config.data.label_words), num_rows)
+    n, p, c, d = num_rows, dim, num_outputs(config), min(num_rows, dim)
+    shard = 3 * _VECTOR_BYTES * min(_shard(config), n) * c * p  # two blocks are read ahead, one is written
+    if settings.form is not None:
+        node = 2 * ROUNDS * n * d * d
+        if settings.form != "cavity":
+            node += n**3 // 3 + n * n * d * (3 if settings.form == "total_gradient" else 15)
+        rows = 8 * n * p * (3 if n < p else 1)
+        estimator = MeanField(form=settings.form)
+        return {
+            "method": method,
+            "form": settings.form,
+            "flops": c * NODES * node,
+            "memory_bytes": c * rows + estimator.num_bytes(n, p, 1) + (c - 1) * 8 * n * d + shard,
+        }
+    if settings.ridge is None:
+        return {"method": method, "form": "", "flops": 2 * n * p, "memory_bytes": shard}
+    gram, memory = (4 * n * n * p, 24 * n * p) if n < p else (2 * n * p * p, 0)
+    solve = d**3 // 3 + 2 * n * d * d + (4 * n * p * d if n < p else 0)
+    return {"method": method, "form": "", "flops": gram + solve, "memory_bytes": memory + 24 * d * d + shard}
+
+
+def sketch_table_bytes(shape: ModelShape, config: RunConfig) -> int:
+    """Return the bytes of the sketch's tables on the device: an int32 and a float32 an entry, or dense signs."""
+    sketch = config.features.sketch
+    if sketch.kind == "none" or (sketch.kind == "oporp" and sketch.dim >= shape.gradient_dim):
+        return 0
+    return shape.gradient_dim * (8 if sketch.kind == "oporp" else sketch.dim)
+
+
+def shard_bytes(config: RunConfig, dim: int) -> int:
+    """Return the host memory of a shard while it is built and written: float32 rows and their stored copy."""
+    return _shard(config) * num_outputs(config) * dim * (4 + np.dtype(config.features.dtype).itemsize)
