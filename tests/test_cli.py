@@ -22,7 +22,7 @@ from llmattrib.errors import ConfigError
 from llmattrib.hits import Hit, Hits
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("train", "build", "reduce", "index", "run", "query", "methods", "demo", "evaluate")
+COMMANDS = ("train", "build", "reduce", "index", "run", "query", "values", "methods", "demo", "evaluate")
 
 
 def llmattrib(*arguments: str) -> Any:
