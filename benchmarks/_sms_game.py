@@ -7,7 +7,7 @@ below runs/. The reference is `Subset`, which is unbiased at any ridge: shards o
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,20 +85,16 @@ def load_features() -> SmsFeatures:
     return SmsFeatures(unit_rows(np.concatenate(list(blocks)))[:, 0], unit_rows(np.load(kept)[:, None])[:, 0])
 
 
-def reference(features: SmsFeatures, num_players: int, num_draws: int) -> Iterator[tuple[int, Moments]]:
-    """Yield (draws, moments [64, n, 1]) as shards are added; finished shards are read."""
-    total = None
+def reference(features: SmsFeatures, num_players: int, num_draws: int) -> Iterator[Moments]:
+    """Yield shards of draws, moments [64, n, 1] each; finished ones are read."""
+    estimator = Subset(num_draws=SHARD_DRAWS, seed=2**20)
     for first in range(0, num_draws, SHARD_DRAWS):
         path = FOLDER / f"reference-{num_players}" / f"{first:06d}.npz"
-        if path.exists():
-            tree = np.load(path)
-            shard = Moments(SHARD_DRAWS, *(tree[name] for name in ("mean", "m2", "low", "high")))
-        else:
-            estimator = Subset(num_draws=SHARD_DRAWS, seed=2**20, first_draw=first)
-            shard = estimator.measure(features.game(num_players), features.queries)
+        if not path.exists():
+            found = replace(estimator, first_draw=first).measure(features.game(num_players), features.queries)
             path.parent.mkdir(exist_ok=True)
             part = path.with_suffix(".part.npz")
-            np.savez(part, mean=shard.mean, m2=shard.m2, low=shard.low, high=shard.high)
+            np.savez(part, mean=found.mean, m2=found.m2, low=found.low, high=found.high)
             part.rename(path)
-        total = shard if total is None else total.merge(shard)
-        yield first + SHARD_DRAWS, total
+        tree = np.load(path)
+        yield Moments(SHARD_DRAWS, *(tree[name] for name in ("mean", "m2", "low", "high")))
