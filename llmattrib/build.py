@@ -3,12 +3,13 @@
 The first rank checks that the store fits the settings (or creates it, with a sketch planned on a sample) and hands
 out the shards that are not there yet; ranks then work alone. Batches are formed within a shard, so a row's bytes
 depend neither on the number of ranks nor on where an earlier run was stopped. Under a launcher a rank that fails ends
-the job; committed shards are kept, and a rerun computes the others.
+the job; committed shards are kept, and a rerun computes the others. A signal to stop (signals.py) to any rank lets
+every rank finish the shard it is at.
 """
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -21,12 +22,19 @@ from llmattrib.config import RunConfig, config_to_yaml
 from llmattrib.data import Example, data_fingerprint, load_examples, save_examples
 from llmattrib.distributed import Ranks
 from llmattrib.encoding import Encoded, EncodedSet, encode_all, encoded_fingerprint, label_token_ids, length_batches
-from llmattrib.errors import ModelNotFoundError, NonFiniteGradientError, StoreNotFoundError, memory_errors
+from llmattrib.errors import (
+    ModelNotFoundError,
+    NonFiniteGradientError,
+    StoppedError,
+    StoreNotFoundError,
+    memory_errors,
+)
 from llmattrib.features.extract import COLUMNS, Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
 from llmattrib.lock import locked
 from llmattrib.model import load_model
 from llmattrib.progress import Progress, silent
+from llmattrib.signals import deferred
 from llmattrib.storage import atomic_write, exists, local_path
 from llmattrib.store import Manifest, RowStore
 
@@ -185,6 +193,7 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
         DiskSpaceError: it would not fit on the disk.
         NonFiniteGradientError: an example's gradient is NaN or infinite.
         DeviceMemoryError: a batch does not fit on the device.
+        StoppedError: a signal asked a rank to stop; all have finished their shard, and others are pending.
     """
     started = time.perf_counter()
     ranks = ranks or Ranks()
@@ -194,9 +203,11 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
         extractor, encoded = ranks.together(lambda: _load(config))
         todo = ranks.on_main(lambda: _prepare(config, extractor, encoded))
         store = RowStore.open(path, read_only=False)
-        num_done = _write(config, extractor, encoded, store, ranks, todo, progress)
-        num_shards_done = sum(ranks.gather(num_done))
-        ranks.on_main(lambda: store.require_complete(MADE_BY))
+        with deferred() as is_asked:
+            done = _write(config, extractor, encoded, store, ranks, todo, progress, lambda: ranks.is_any(is_asked()))
+            told = ranks.gather([done, is_asked()])
+        all_done = [shard for part, _ in told for shard in part]
+        ranks.on_main(lambda: _require_all(store, all_done, any(asked for _, asked in told)))
     return BuildResult(
         path=path,
         num_examples=len(encoded.encoded),
@@ -204,7 +215,7 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
         num_truncated=encoded.num_truncated,
         num_skipped=encoded.num_skipped,
         num_shards=store.num_shards,
-        num_shards_done=num_shards_done,
+        num_shards_done=len(all_done),
         seconds=time.perf_counter() - started,
     )
 
@@ -263,14 +274,17 @@ def _write(
     ranks: Ranks,
     todo: Sequence[int],
     progress: Progress,
-) -> int:
-    """Compute and commit this rank's share of the shards `todo`; return how many."""
+    is_stopped: Callable[[], bool],
+) -> list[int]:
+    """Compute and commit this rank's share of the shards `todo`, until stopped; return those that are done."""
     sketch = Sketch(SketchPlan.from_json(dict(store.manifest.info["sketch_plan"])), extractor.loaded.device)
     mine = ranks.share(todo)
     num_todo, num_mine = (sum(stop - start for start, stop in map(store.shard_range, part)) for part in (todo, mine))
     num_rows, num_done = store.manifest.num_rows, 0
     progress(num_rows - num_todo, num_rows)
-    for shard in mine:
+    for place, shard in enumerate(mine):
+        if is_stopped():
+            return list(mine[:place])
         start, stop = store.shard_range(shard)
 
         def report(done: int, _: int, before: int = num_done) -> None:
@@ -282,7 +296,20 @@ def _write(
         )
         num_done += stop - start
         store.write_shard(shard, rows, columns)
-    return len(mine)
+    return list(mine)
+
+
+def _require_all(store: RowStore, done: Sequence[int], is_stopped: bool) -> None:
+    """Raise unless every shard is there. First rank only."""
+    pending = len(store.pending())
+    if pending and is_stopped:
+        after = f"after shard {max(done)}" if done else "before the first shard"
+        raise StoppedError(
+            f"asked to stop, the build of {store.path} has stopped {after}: "
+            f"{store.num_shards - pending} of {store.num_shards} shards are finished",
+            fix="run the same command again: it goes on from there",
+        )
+    store.require_complete(MADE_BY)
 
 
 def extract_rows(

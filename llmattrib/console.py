@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -26,9 +27,13 @@ from rich.table import Table
 from rich.text import Text
 
 from llmattrib.config import Method
-from llmattrib.errors import LlmattribError
+from llmattrib.errors import LlmattribError, StoppedError
 from llmattrib.hits import Hit, Hits
 from llmattrib.progress import Progress, silent
+from llmattrib.signals import EXIT_CODE as STOPPED
+
+if TYPE_CHECKING:
+    from llmattrib.plan.run import Plan
 
 EXIT_CODE = 2
 INTERRUPTED = 130
@@ -37,7 +42,8 @@ MIN_TEXT_WIDTH = 20
 
 def print_error(error: LlmattribError, console: Console) -> None:
     """Print what was found, what was expected and what to do."""
-    console.print(Text.assemble(("error: ", "bold red"), printable(error.found, keep_newlines=True)))
+    kind = ("stopped: ", "bold yellow") if isinstance(error, StoppedError) else ("error: ", "bold red")
+    console.print(Text.assemble(kind, printable(error.found, keep_newlines=True)))
     for label, part in (("expected: ", error.expected), ("to fix: ", error.fix)):
         if part:
             console.print(Text.assemble("  ", (label, "bold"), printable(part, keep_newlines=True)))
@@ -45,7 +51,7 @@ def print_error(error: LlmattribError, console: Console) -> None:
 
 @contextmanager
 def reporting(debug: bool) -> Iterator[None]:
-    """Turn an error the package raised on purpose into a message and exit code 2; any other one is a bug and passes.
+    """Turn an error the package raised on purpose into a message and exit code; any other one is a bug and passes.
 
     Args:
         debug: print the traceback too.
@@ -57,7 +63,7 @@ def reporting(debug: bool) -> Iterator[None]:
         if debug:
             console.print(traceback.format_exc(), markup=False, highlight=False, soft_wrap=True)
         print_error(error, console)
-        raise typer.Exit(EXIT_CODE) from error
+        raise typer.Exit(STOPPED if isinstance(error, StoppedError) else EXIT_CODE) from error
     except KeyboardInterrupt:
         Console(stderr=True).print("\nStopped. What was finished is kept: the same command goes on from there.")
         raise typer.Exit(INTERRUPTED) from None
@@ -199,3 +205,78 @@ def print_records(records: Sequence[Mapping[str, object]], *, as_json: bool) -> 
     for record in records:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in record.values()))
     Console().print(table)
+
+
+def print_plan(plan: "Plan") -> None:
+    """Print what a run takes: its sizes, then what other numbers of examples would take."""
+    console, shape, tokens, memory = Console(), plan.shape, plan.tokens, plan.memory
+    source = "counted" if plan.tokens_are_exact else "stated in plan"
+    batch = f"{plan.batch.num_examples:,} x {plan.batch.width:,} tokens"
+    build = ", ".join(f"{part} {flops:.2e}" for part, flops in plan.flops.items())
+    rows = {
+        "model": f"{plan.name}: {shape.architecture}, {shape.num_parameters:,} parameters, {_bytes(memory.weights)}",
+        "gradient": f"{plan.gradient_dim:,} entries in {len(shape.blocks):,} LoRA factors, kept as {plan.feature_dim:,}"
+        + (f" for each of {plan.num_outputs} outputs" if plan.num_outputs > 1 else ""),
+        "tokens": f"{tokens.num_tokens:,} in {tokens.num_examples:,} examples ({source}); {tokens.padded:,} with "
+        f"padding, {tokens.completion:,} to predict",
+        "FLOPs": f"train {plan.train_flops:.2e}; build: {build}",
+        "memory": f"one GPU {_bytes(memory.gpu)}; each of {plan.num_gpus} with ZeRO-3 {_bytes(memory.gpu_zero3)}; "
+        f"CPU process {_bytes(memory.cpu)}",
+        "of it": f"largest batch ({batch}) {_bytes(memory.batch)}, LoRA {_bytes(memory.lora)}, "
+        f"sketch tables {_bytes(memory.sketch)}",
+    }
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, text in rows.items():
+        table.add_row(name, Text(printable(text)))
+    for part in (table, "", _scale_table(plan), "", _reduce_table(plan)):
+        console.print(part)
+    console.print(
+        f"Hours are of build on one device, for an efficiency of {plan.efficiency:g} of its dense peak "
+        "(A100 312, H100 989, CPU of 16 cores 1.5 TFLOP/s): computed, not measured.",
+        *(Text("Note: " + printable(note)) for note in plan.notes),
+        sep="\n",
+        highlight=False,
+    )
+
+
+def _scale_table(plan: "Plan") -> Table:
+    table = Table(box=None, pad_edge=False, caption_justify="left")
+    for heading in ("examples", "tokens", "A100 h", "H100 h", "CPU h", "features"):
+        table.add_column(heading, justify="right")
+    table.add_column(f"representers x {plan.num_methods}", justify="right")
+    table.add_column(f"index x {plan.num_methods}", justify="right")
+    table.add_column("query FLOPs", justify="right")
+    for scale in plan.scales:
+        sizes = scale.features_bytes, plan.num_methods * scale.representers_bytes, plan.num_methods * scale.index_bytes
+        table.add_row(
+            f"{scale.num_examples:,}",
+            f"{scale.num_tokens:.2g}",
+            *(
+                f"{scale.hours[device]:,.2g}" if scale.hours[device] < 10 else f"{scale.hours[device]:,.0f}"
+                for device in scale.hours
+            ),
+            *map(_bytes, sizes),
+            f"{scale.index_search_flops:.1e}",
+        )
+    return table
+
+
+def _reduce_table(plan: "Plan") -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("reduce: FLOPs, host memory")
+    for scale in plan.scales:
+        table.add_column(f"{scale.num_examples:,}", justify="right")
+    for costs in zip(*(scale.reduce for scale in plan.scales), strict=True):
+        form = " -> ".join(dict.fromkeys(cost["form"] for cost in costs if cost["form"]))
+        name = costs[0]["method"] + (f" ({form})" if form else "")
+        table.add_row(name, *(f"{cost['flops']:.1e}, {_bytes(cost['memory_bytes'])}" for cost in costs))
+    return table
+
+
+def _bytes(count: float) -> str:
+    """Return a number of bytes in a decimal unit, three digits."""
+    unit = next(unit for unit in (10**15, 10**12, 10**9, 10**6, 10**3, 1) if count >= unit or unit == 1)
+    name = {10**15: "PB", 10**12: "TB", 10**9: "GB", 10**6: "MB", 10**3: "kB", 1: "B"}[unit]
+    return f"{count / unit:,.3g} {name}" if count < 999.5 * unit else f"{count / unit:,.0f} {name}"

@@ -84,6 +84,15 @@ class Ranks:
         torch.distributed.all_reduce(tensor)
         return tensor.cpu().numpy().reshape(array.shape)
 
+    def is_any(self, mine: bool) -> bool:
+        """Say whether any rank has asked with `mine` so far; ranks do not wait for each other, as `gather` does."""
+        if self.world_size == 1:
+            return mine
+        board = torch.distributed.distributed_c10d._get_default_store()
+        if mine:
+            board.set("llmattrib/asked", "1")
+        return mine or bool(board.check(["llmattrib/asked"]))
+
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank, and go on only if all of them succeed.
 

@@ -24,9 +24,11 @@
     │   ├── StoreLockedError        another process builds this store now
     │   └── DiskSpaceError          the store would not fit on the disk
     ├── MethodError                 a method that is unknown or cannot run on these features
-    └── StaleIndexError             an index or representers older than what they were made from
+    ├── StaleIndexError             an index or representers older than what they were made from
+    └── StoppedError                a signal asked the stage to stop, and it did after a whole shard
 
-An error says what was found, what was expected and what to do. The command line prints it and exits with code 2.
+An error says what was found, what was expected and what to do. The command line prints it and exits with code 2, or
+75 when it was stopped and the same command goes on.
 """
 
 from collections.abc import Iterator, Mapping
@@ -166,6 +168,10 @@ class MethodError(LlmattribError):
 
 class StaleIndexError(LlmattribError):
     """An index or representers are older than what they were made from."""
+
+
+class StoppedError(LlmattribError):
+    """A signal asked the stage to stop; what is finished is kept, and the same command goes on."""
 
 
 @contextmanager

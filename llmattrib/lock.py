@@ -9,16 +9,14 @@ import contextlib
 import fcntl
 import json
 import os
-import signal
 import socket
-import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from llmattrib.errors import StoreLockedError
+from llmattrib.signals import ending
 from llmattrib.storage import PARTIAL, local_path, named_errors, read_bytes, remote, remove
 
 
@@ -118,8 +116,8 @@ def _take_remote(path: str, lock: str, mine: bytes) -> None:
 def locked(path: str) -> Iterator[None]:
     """Hold the exclusive right to write the store at `path`; the lock file lies beside it, at `path` + `.lock`.
 
-    While it is held SIGTERM (a scheduler's time limit, a launcher that stops its workers) ends the process by
-    `SystemExit`, so that the lock is given back. SIGKILL leaves it, and the next process on this host takes it over.
+    While it is held, signals to stop end the process by `SystemExit`, so that the lock is given back. SIGKILL leaves
+    it, and the next process on this host takes it over.
 
     Raises:
         StoreLockedError: a live process, or one on another host, holds it.
@@ -132,19 +130,10 @@ def locked(path: str) -> Iterator[None]:
             _take_remote(path, lock, mine)
         else:
             _take_local(path, local, mine)
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM) if in_main else None
-    if before == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _exit_on_term)
     try:
-        yield
+        with ending():
+            yield
     finally:
-        if before == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with contextlib.suppress(FileNotFoundError):
             if read_bytes(lock) == mine:
                 remove(lock)
-
-
-def _exit_on_term(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
