@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmattrib.query import Run
     from llmattrib.reduce import reduce_run
     from llmattrib.train import train_adapter
+    from llmattrib.values.stage import compute_values
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "RunConfig",
     "build_features",
     "build_index",
+    "compute_values",
     "load_config",
     "reduce_run",
     "train_adapter",
@@ -47,6 +49,7 @@ _MODULES = {
     "RunConfig": "config",
     "build_features": "build",
     "build_index": "index",
+    "compute_values": "values.stage",
     "load_config": "config",
     "reduce_run": "reduce",
     "train_adapter": "train",

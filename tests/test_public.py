@@ -21,6 +21,7 @@ SURFACE = {
     "RunConfig",
     "build_features",
     "build_index",
+    "compute_values",
     "load_config",
     "reduce_run",
     "train_adapter",
