@@ -4,6 +4,7 @@ Heavy imports stand inside the commands, so that `--help` answers at once. Only 
 results to stdout, progress and errors to stderr. Under `accelerate launch` the first rank alone prints.
 """
 
+import json
 import shlex
 import sys
 from contextlib import redirect_stdout
@@ -203,6 +204,28 @@ def run(config: Config, overrides: Overrides = None, quiet: Quiet = False, debug
         _reduce(loaded, quiet)
         _index(loaded, quiet)
         _say(quiet, _next("query", config, overrides) + ' --prompt "..."')
+
+
+@app.command(rich_help_panel="Start here")
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with exact numbers.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compute FLOPs, memory, storage and hours of a run from its config alone, and of 10^6 to 10^9 examples."""
+    from llmattrib import console
+
+    with console.reporting(debug):
+        loaded = _load(config, overrides)
+        from llmattrib.plan.run import plan_run
+
+        with redirect_stdout(sys.stderr):
+            planned = plan_run(loaded)
+        if as_json:
+            typer.echo(json.dumps(asdict(planned)))
+        else:
+            console.print_plan(planned)
 
 
 @app.command(rich_help_panel="Results")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmattrib.config import IndexConfig, Method, RunConfig
-from llmattrib.estimators.mean_field import MeanField
+from llmattrib.estimators.mean_field import LARGE, MeanField
 from llmattrib.index import MAX_POINTS_PER_CENTROID, PQ_BITS, SAMPLE_ROWS
 from llmattrib.manifest import Manifest
 from llmattrib.plan.shape import ModelShape
@@ -174,7 +174,8 @@ def reduce_cost(config: RunConfig, method: Method, num_rows: int, dim: int) -> d
     if settings.form is not None:
         node = 2 * ROUNDS * n * d * d
         if settings.form != "cavity":
-            node += n**3 // 3 + n * n * d * (3 if settings.form == "total_gradient" else 15)
+            node += n**3 // 3 + 3 * n * n * d if n <= LARGE else 3 * n * n * d
+            node += 12 * n * n * d if settings.form == "pairs" else 0
         rows = 8 * n * p * (3 if n < p else 1)
         estimator = MeanField(form=settings.form)
         return {
