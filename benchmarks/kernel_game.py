@@ -1,6 +1,6 @@
 """The kernel game's estimators against published algorithms.
 
-    python -m benchmarks.kernel_game [--sizes 500 2000] [--prompts 100] [--rounds 5]
+    python -m benchmarks.kernel_game [--sizes 500 2000] [--prompts 100] [--rounds 5] [--only mean_field_scaling]
 
 `permutation_speedup`: `Permutation` against a plain restatement of the published incremental inverse (Wang et al. 2024,
 FreeShap, vinfo/entks/ntk_regression.py): for each permutation the inverse of K_S + lam I grows by block inversion, one
@@ -11,11 +11,21 @@ matrix and moments included. Two classes, one-hot labels, one thread, CPU time, 
 Two stronger versions are measured beside it: `one_inverse` inverts once, not once for each class; `lean` is the
 algorithm as favourably as we can write it, with one array that is updated in place and matrices sorted once.
 
+`mean_field_scaling`: `MeanField` to its default tolerance, one response, 512 dimensions, ridge 0.1, a process of two
+threads for each row: wall and CPU seconds of `init`, peak memory of the process (the game's making included), sum-rule
+error, products of E at all nodes (`estimators.response`) and the machine's load when it began. `slope` is d log CPU
+seconds / d log n of the cavity form by least squares; `slope_a_round` the same of seconds a fixed-point round, since
+the number of nodes varies.
+
 Results are merged by key into benchmarks/results/kernel_game.json.
 """
 
 import argparse
 import json
+import os
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +33,8 @@ from typing import Any
 
 import numpy as np
 
+from llmattrib.estimators import response
+from llmattrib.estimators.mean_field import MeanField
 from llmattrib.estimators.permutation import Permutation
 from llmattrib.games.kernel import KernelGame
 from llmattrib.rng import stream
@@ -158,6 +170,58 @@ def permutation_speedup(num_players: int, dim: int, num_prompts: int, rounds: in
     return row
 
 
+def mean_field_row(form: str, num_players: int) -> dict[str, Any]:
+    """Time one mean field, in this process."""
+    both, _ = make_game(num_players, 512, 1)
+    game = KernelGame(both.features, both.responses[:, :1], both.ridge)
+    solvers: list[response.Iterative] = []
+    solve = response.Iterative.solve
+
+    def recorded(solver: response.Iterative, sides: np.ndarray) -> np.ndarray:
+        solvers.append(solver)
+        return solve(solver, sides)
+
+    response.Iterative.solve = recorded  # type: ignore[method-assign]
+    load, begin = os.getloadavg()[0], time.perf_counter()
+    cpu, result = cpu_seconds(lambda: MeanField(form=form).init(game))  # type: ignore[arg-type]
+    return {
+        "form": form,
+        "num_players": num_players,
+        "wall_seconds": time.perf_counter() - begin,
+        "cpu_seconds": cpu,
+        "load_average_before": load,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "sum_rule_error": result.sum_rule_error,
+        "quadrature_error": result.quadrature_error,
+        "num_nodes": result.num_nodes,
+        "num_rounds": result.num_iterations,
+        "num_products": [solver.num_products for solver in solvers],
+        "residual": max((solver.residual for solver in solvers), default=None),
+    }
+
+
+def mean_field_scaling(gradient_sizes: list[int], cavity_sizes: list[int]) -> dict[str, Any]:
+    """Time the mean field at growing sizes, each in a process of two threads."""
+    rows = []
+    for form, sizes in (("total_gradient", gradient_sizes), ("cavity", cavity_sizes)):
+        for size in sizes:
+            command = [sys.executable, "-m", "benchmarks.kernel_game", "--mean-field-row", form, str(size)]
+            output = subprocess.run(
+                command, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True, stdout=subprocess.PIPE, text=True
+            ).stdout
+            rows.append(json.loads(output))
+            print(json.dumps(rows[-1]), flush=True)
+    cavity = [row for row in rows if row["form"] == "cavity"]
+    size = np.log([row["num_players"] for row in cavity])
+    seconds = np.array([row["cpu_seconds"] for row in cavity])
+    rounds = np.array([row["num_rounds"] for row in cavity])
+    return {
+        "slope": float(np.polyfit(size, np.log(seconds), 1)[0]),
+        "slope_a_round": float(np.polyfit(size, np.log(seconds / rounds), 1)[0]),
+        "rows": rows,
+    }
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,13 +229,24 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5, help="medians of so many; one from 2,000")
+    parser.add_argument("--gradient-sizes", type=int, nargs="+", default=[5_000, 20_000])
+    parser.add_argument("--cavity-sizes", type=int, nargs="+", default=[1_000, 3_000, 10_000, 30_000, 100_000])
+    parser.add_argument("--only", choices=["permutation_speedup", "mean_field_scaling"])
+    parser.add_argument("--mean-field-row", nargs=2, metavar=("FORM", "SIZE"), help="print one row and stop")
     options = parser.parse_args()
-    rows = [
-        permutation_speedup(size, options.dim, options.prompts, options.rounds if size < 2000 else 1)
-        for size in options.sizes
-    ]
-    speedups = {f"n{row['num_players']}": row["speedup"]["published"] for row in rows}
-    merge("permutation_speedup", speedups | {"rows": rows})
+    if options.mean_field_row:
+        form, size = options.mean_field_row
+        print(json.dumps(mean_field_row(form, int(size))))
+        return
+    if options.only != "mean_field_scaling":
+        rows = [
+            permutation_speedup(size, options.dim, options.prompts, options.rounds if size < 2000 else 1)
+            for size in options.sizes
+        ]
+        speedups = {f"n{row['num_players']}": row["speedup"]["published"] for row in rows}
+        merge("permutation_speedup", speedups | {"rows": rows})
+    if options.only != "permutation_speedup":
+        merge("mean_field_scaling", mean_field_scaling(options.gradient_sizes, options.cavity_sizes))
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ METHOD_NOTES: dict[Method, tuple[str, str, str]] = {
     "shapley": (
         "Shapley value of the kernel ridge game, in mean field",
         "all features, a response",
-        "n^2 p + n^3, a node",
+        "n^2 p, a node",
     ),
     "influence": ("influence function: (H + lam)^-1 g", "all features", "n p^2"),
     "trak": ("TRAK: (1 - p_i) (Phi^T Phi + lam)^-1 g", "all features, log-odds", "n p^2"),
