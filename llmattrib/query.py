@@ -23,15 +23,21 @@ from llmattrib.build import batch_memory, extract_rows, load_extractor, model_fi
 from llmattrib.config import Method, RunConfig, load_config
 from llmattrib.data import Example, Message, label_word, read_examples
 from llmattrib.encoding import Encoded, collate, encode, encode_prompt, end_of_turn_id, length_batches
-from llmattrib.errors import FingerprintMismatchError, MethodError, StaleIndexError
+from llmattrib.errors import ConfigError, FingerprintMismatchError, MethodError, StaleIndexError
+from llmattrib.estimators.q_profile import QProfile
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
 from llmattrib.forward import completion_logits
 from llmattrib.hits import Hit, Hits, Query
 from llmattrib.index import VectorIndex, open_index
 from llmattrib.manifest import differing
+from llmattrib.methods import canonical
+from llmattrib.progress import Progress, silent
+from llmattrib.reader import FeatureReader
 from llmattrib.rerank import ExactScorer, check_rerank
 from llmattrib.scorers.gradient import unit_rows
+from llmattrib.semivalues import follow
+from llmattrib.settings import Settings
 from llmattrib.store import RowStore
 
 Pool = tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]
@@ -242,14 +248,59 @@ class Run:
         """
         known = self.config.reduce.methods
         chosen = list(names) if names else [self.config.query.method]
+        found = []
         for name in chosen:
-            if name not in known:
+            try:
+                found.append(canonical(name))
+            except ValueError:
+                found.append(name)
+            if found[-1] not in known:
                 raise MethodError(
                     f"method {name!r} is not one of this run's",
                     expected=f"one of {', '.join(known)}",
                     fix="name one of these, or add it to reduce.methods, then run `llmattrib reduce` and index",
                 )
-        return [method for name in chosen for method in known if method == name]
+        return found
+
+    def q_profile(self, queries: Sequence[Query], ids: Sequence[str], progress: Progress = silent) -> QProfile:
+        """Follow the Shapley values of some examples along the q-axis: is an example worth something early or late?
+
+        Plays the game of the stored Shapley values again, so it costs what `reduce` does for them.
+
+        Args:
+            queries: what is asked; with features of `logits`, all answered by one class.
+            ids: of training examples.
+            progress: called with (nodes done, nodes of the present rule).
+
+        Returns:
+            values and earned of shape [k, queries, examples, 1]; the integrals are the stored Shapley values.
+
+        Raises:
+            ConfigError: there is no such example.
+            MethodError: the queries play different games, or the mean field does not fit the memory.
+            And as `query`.
+        """
+        places = {example.id: row for row, example in enumerate(self.examples)}
+        for name in ids:
+            if name not in places:
+                raise ConfigError(
+                    f"there is no training example {name!r}",
+                    expected=f"an id of {self.config.layout.examples}, such as {self.examples[0].id!r}",
+                )
+        store = current_representers(self.config, "shapley", self._features)
+        examples = self.answers(queries)
+        encoded = [self._encode(example) for example in examples]
+        slots = answered_slots(np.array([item.label for item in encoded], np.int64), self.config.features.output)
+        if len(set(slots.tolist())) > 1:
+            raise MethodError(
+                "these queries are answered by several classes, and each class plays a game of its own",
+                expected="queries answered by one class",
+                fix="ask for the profile class by class",
+            )
+        settings = Settings.stored(store.manifest.info)
+        phi = transform(self.features(examples, encoded), store.read_vector("mean"), settings.normalize)[:, slots[0]]
+        rows = np.array([places[name] for name in ids], np.int64)
+        return follow(settings, FeatureReader(self._features), phi, rows, int(slots[0]), progress)
 
     def answers(self, queries: Sequence[Query]) -> list[Example]:
         """Return each query with its completion, generated greedily by the run's (first) adapter where there is none.

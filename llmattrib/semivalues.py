@@ -93,7 +93,6 @@ def play(
 
 def follow(
     settings: Settings,
-    ridge: float,
     reader: FeatureReader,
     queries: Float[np.ndarray, "m p"],
     rows: Int[np.ndarray, " e"],
@@ -103,15 +102,15 @@ def follow(
     """Follow the values of some examples along the q-axis, in the game of one output.
 
     Args:
-        settings: of a semivalue with a density.
-        ridge: in units of the mean squared feature norm.
+        settings: of a semivalue with a density, its ridge chosen.
         reader: the features.
         queries: query features, centred and scaled as the settings say.
         rows: examples.
         output: which game.
         progress: called with (nodes done, nodes of the present rule).
     """
-    game, space = reader.game(settings, ridge, output), reader.features(settings, output).space
+    assert isinstance(settings.ridge, float)
+    game, space = reader.game(settings, settings.ridge, output), reader.features(settings, output).space
     return mean_field(settings).profile(game, space.project(queries.astype(np.float64)), rows, progress)
 
 

@@ -5,8 +5,9 @@ label, +1, is in their sign already and `labels` means 1 for them, as `unit` doe
 class and play one game per class with one-hot minus 1/c. What `auto` means and why: docs/methods.md section 5.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from llmattrib.config import Method, ReduceConfig
 from llmattrib.errors import MethodError
@@ -29,6 +30,11 @@ class Settings:
     form: Form | None
     sum_rule_tolerance: float | None
     certificate_draws: int | None
+
+    @classmethod
+    def stored(cls, info: Mapping[str, Any]) -> "Settings":
+        """Return what a representer store was made with, its ridge chosen, from `info` of its manifest."""
+        return cls(**{field.name: info[field.name] for field in fields(cls)})
 
 
 def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool, num_rows: int) -> Settings:

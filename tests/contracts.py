@@ -9,11 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmattrib.estimators.enumeration import Enumeration
-from llmattrib.estimators.mean_field import MeanField
+from llmattrib.estimators.mean_field import MeanField, MeanFieldResult
 from llmattrib.estimators.moments import Moments
 from llmattrib.estimators.permutation import Permutation
-from llmattrib.estimators.quadrature import Semivalue
-from llmattrib.estimators.subset import Subset
+from llmattrib.estimators.quadrature import (
+    BANZHAF,
+    LEAVE_ONE_OUT,
+    SHAPLEY,
+    Semivalue,
+    ame,
+    beta_shapley,
+    weighted_banzhaf,
+)
+from llmattrib.estimators.subset import Subset, SubsetResult
 from llmattrib.games.kernel import KernelGame
 
 
@@ -48,9 +56,31 @@ class Estimator:
     sample: Callable[[KernelGame, np.ndarray, int, int], Moments] | None = None
 
 
-def by_representers(make: Callable[[Semivalue], MeanField | Enumeration]) -> Callable[..., Estimate]:
+SEMIVALUES = (
+    SHAPLEY,
+    BANZHAF,
+    LEAVE_ONE_OUT,
+    beta_shapley(4.0, 1.0),
+    beta_shapley(1.0, 4.0),
+    beta_shapley(2.0, 3.0),
+    weighted_banzhaf(0.3),
+    ame((0.2, 0.4, 0.6, 0.8)),
+)
+THRESHOLD_CONSTANTS = {0.01: 0.33993, 0.1: 0.39333}
+"""AME of the game that is won by two of three players, p uniform on (eps, 1 - eps); METHODS section 4."""
+
+
+def in_a_sweep(semivalue: Semivalue) -> Callable[[KernelGame], SubsetResult | MeanFieldResult]:
+    """The mean field of a semivalue among others."""
+    others = (beta_shapley(3.0, 1.0), ame((0.3, 0.5)), SHAPLEY)
+    return lambda game: MeanField(form="pairs").sweep(game, (*others, semivalue))[-1]
+
+
+def by_representers(
+    make: Callable[[Semivalue], Callable[[KernelGame], SubsetResult | MeanFieldResult]],
+) -> Callable[..., Estimate]:
     def run(game: KernelGame, queries: np.ndarray, semivalue: Semivalue) -> Estimate:
-        return Estimate(np.einsum("mp,ncp->mnc", queries, make(semivalue).init(game).representers))
+        return Estimate(np.einsum("mp,ncp->mnc", queries, make(semivalue)(game).representers))
 
     return run
 
@@ -78,11 +108,14 @@ def permutation(name: str, **settings: object) -> Estimator:
 
 
 ESTIMATORS = [
-    Estimator("enumeration", by_representers(Enumeration), bias=1e-8, sum_error=1e-9),
-    Estimator("mean field, pairs", by_representers(lambda s: MeanField(s, form="pairs")), 0.05, 1e-3),
-    Estimator("mean field, total gradient", by_representers(lambda s: MeanField(s, form="total_gradient")), 0.05, 1e-3),
+    Estimator("enumeration", by_representers(lambda s: Enumeration(s).init), bias=1e-8, sum_error=1e-9),
+    Estimator("mean field, pairs", by_representers(lambda s: MeanField(s, form="pairs").init), 0.05, 1e-3),
+    Estimator("mean field, one of a sweep", by_representers(in_a_sweep), 0.05, 1e-3),
     Estimator(
-        "mean field, cavity", by_representers(lambda s: MeanField(s, form="cavity")), 0.25, None, keeps_sum=False
+        "mean field, total gradient", by_representers(lambda s: MeanField(s, form="total_gradient").init), 0.05, 1e-3
+    ),
+    Estimator(
+        "mean field, cavity", by_representers(lambda s: MeanField(s, form="cavity").init), 0.25, None, keeps_sum=False
     ),
     Estimator(
         "subset",

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 import time
@@ -20,6 +21,7 @@ from llmattrib.estimators.quadrature import (
     ame,
     beta_shapley,
     clenshaw_curtis,
+    weighted_banzhaf,
 )
 from llmattrib.games.kernel import KernelGame
 from llmattrib.rng import stream
@@ -413,3 +415,109 @@ def test_semivalues_that_cannot_be_integrated_are_errors():
     assert SHAPLEY.is_shapley
     assert beta_shapley(1.0, 1.0).is_shapley
     assert not Semivalue("half", points=((0.5, 1.0),)).is_shapley
+
+
+SWEPT = (
+    SHAPLEY,
+    BANZHAF,
+    LEAVE_ONE_OUT,
+    beta_shapley(4.0, 1.0),
+    beta_shapley(1.0, 16.0),
+    weighted_banzhaf(0.3),
+    ame([0.3, 0.5]),
+)
+
+
+def num_solves(monkeypatch):
+    """Counts the fields that are solved from now on."""
+    solved = []
+    monkeypatch.setattr(mean_field, "solve_field", lambda *args, **more: solved.append(1) or solve_field(*args, **more))
+    return solved
+
+
+@pytest.mark.parametrize("form", ["pairs", "cavity"])
+def test_a_sweep_gives_the_bytes_of_separate_runs_from_fewer_nodes(monkeypatch, form):
+    game = KernelGame.relative(*oracles.gradient_like_game(25, 6, 0, c=2), 0.05)
+    solved = num_solves(monkeypatch)
+    alone = [MeanField(semivalue, form=form).init(game) for semivalue in SWEPT]
+    num_alone = len(solved)
+    solved.clear()
+    together = MeanField(form=form).sweep(game, SWEPT)
+    finest = max(result.num_nodes for result, semivalue in zip(alone, SWEPT, strict=True) if semivalue.beta)
+    assert num_alone == sum(result.num_nodes for result in alone)
+    assert len(solved) == finest + 3, "q = .3, .5, 1 beside the nodes of the finest density"
+    assert len(solved) < num_alone / 1.5
+    assert len({result.num_nodes for result in alone[:1] + alone[3:5]}) > 1, "densities stop at levels of their own"
+    for one, other, semivalue in zip(alone, together, SWEPT, strict=True):
+        assert one.representers.tobytes() == other.representers.tobytes()
+        assert dataclasses.replace(one, representers=other.representers, seconds=other.seconds) == other
+        assert other.semivalue == semivalue.name
+    shuffled = MeanField(form=form).sweep(game, SWEPT[::-1])
+    assert [result.representers.tobytes() for result in shuffled] == [r.representers.tobytes() for r in together[::-1]]
+
+
+def test_memory_grows_with_the_semivalues_of_a_sweep():
+    game = KernelGame.relative(*oracles.random_game(300, 40, 0), 0.1)
+    estimator = MeanField()
+    one, many = (estimator.num_bytes(300, 40, 1, chosen) for chosen in ((SHAPLEY,), SWEPT))
+    assert one == estimator.num_bytes(300, 40, 1)
+    assert many - one >= 8 * 300 * 40 * (2 * 5 + 4), "sums of two more densities and four points"
+    tight = MeanField(max_bytes=(one + many) // 2)
+    assert tight.init(game).num_nodes >= 9
+    with pytest.raises(MethodError, match=r"shorten reduce\.methods, and lengthen it again in a second run"):
+        tight.sweep(game, SWEPT)
+
+
+@pytest.mark.parametrize("form", ["pairs", "total_gradient", "cavity"])
+@pytest.mark.parametrize("semivalue", [SHAPLEY, beta_shapley(4.0, 1.0)], ids=lambda semivalue: semivalue.name)
+def test_profile_integrates_to_the_values_and_ends_in_leave_one_out(form, semivalue):
+    features, responses = oracles.gradient_like_game(12, 20, 0, c=2)
+    rows, answers = np.concatenate([features, features[:2]]), np.concatenate([responses, responses[:2]])
+    game = KernelGame.relative(rows, answers, 0.1)
+    queries, players = oracles.random_game(3, 20, 1)[0], np.array([7, 0, 13])
+    estimator = MeanField(semivalue, form=form)
+    profile = estimator.profile(game, queries, players)
+    values = estimator.compute(estimator.init(game), queries)[:, players]
+    assert profile.values.shape == profile.earned.shape == (len(profile.q), 3, 3, 2)
+    np.testing.assert_allclose(np.tensordot(profile.weights, profile.values, 1), values, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(profile.earned[-1], values, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(profile.earned[0], 0, atol=1e-12)
+    np.testing.assert_allclose(profile.shares()[-1], 1)
+    assert (profile.q[0], profile.q[-1]) == (0, 1)
+    for end, members in ((-1, np.ones(14, bool)), (0, np.zeros(14, bool))):
+        exact = np.einsum("mp,ncp->mnc", queries, game.marginals(members))[:, players]
+        np.testing.assert_allclose(profile.values[end], exact, rtol=1e-8, atol=1e-11)
+
+
+def test_profile_between_the_ends_is_that_of_single_q():
+    """V at a node is the weighted Banzhaf value there; the part below a node is a fine sum of them."""
+    game = KernelGame.relative(*oracles.gradient_like_game(12, 5, 0), 0.1)
+    queries, players = oracles.random_game(2, 5, 1)[0], np.array([3, 4])
+    profile = MeanField(form="pairs").profile(game, queries, players)
+    node = len(profile.q) // 2
+    fine, steps = np.polynomial.legendre.leggauss(24)
+    q = profile.q[node] * (fine + 1) / 2
+
+    def at(values_of):
+        found = MeanField(ame(values_of)).sweep(game, [weighted_banzhaf(x) for x in values_of])
+        return np.stack([MeanField().compute(result, queries)[:, players] for result in found])
+
+    np.testing.assert_allclose(profile.values[node], at([profile.q[node]])[0], rtol=1e-4, atol=1e-6)
+    below = profile.q[node] / 2 * np.tensordot(steps, at(list(q)), 1)
+    np.testing.assert_allclose(profile.earned[node], below, atol=3e-3 * np.abs(profile.earned[-1]).max())
+
+
+def test_profile_needs_a_density():
+    game = KernelGame.relative(*oracles.random_game(5, 3, 0), 0.1)
+    with pytest.raises(MethodError, match="banzhaf has no density over q to follow"):
+        MeanField(BANZHAF).profile(game, game.features, np.array([0]))
+
+
+def test_measures_have_names_of_their_own():
+    assert [semivalue.name for semivalue in (ame([0.8, 0.2, 0.4, 0.6]), ame([0.5]), beta_shapley(4.0, 1.0))] == [
+        "ame",
+        "ame(0.5)",
+        "beta_shapley(4,1)",
+    ]
+    with pytest.raises(MethodError, match="or a density instead"):
+        Semivalue("both", points=((0.5, 1.0),), beta=(1.0, 1.0))

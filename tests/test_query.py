@@ -19,6 +19,7 @@ from llmattrib.config import METHODS, DataConfig, RunConfig
 from llmattrib.data import Example, user_message
 from llmattrib.encoding import encode, encode_prompt
 from llmattrib.errors import (
+    ConfigError,
     EmptyDatasetError,
     FingerprintMismatchError,
     LabelWordError,
@@ -102,6 +103,38 @@ def slow_values(config: RunConfig, method: str, prompt: str, completion: str) ->
         row = row / np.linalg.norm(row)
     slot = encoded.label if config.features.output == "logits" else 0
     return np.array([row @ representers.read(i, i + 1)[0, slot] for i in range(store.manifest.num_rows)])
+
+
+@pytest.mark.parametrize("flavour", ["init", "logits"])
+def test_profile_integrates_to_the_values_of_a_query(finished, flavour):
+    config = finished(flavour)
+    run = Run(config)
+    answer = COMPLETION if flavour == "init" else LABEL_WORDS[1]
+    ids = [run.examples[row].id for row in (3, 0)]
+    profile = run.q_profile([Query.of(PROMPT, answer)], ids)
+    values = slow_values(config, "shapley", PROMPT, answer)[[3, 0]]
+    assert profile.values.shape == (len(profile.q), 1, 2, 1)
+    np.testing.assert_allclose(profile.earned[-1, 0, :, 0], values, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(profile.weights @ profile.values[:, 0, :, 0], values, rtol=1e-3, atol=1e-6)
+    with pytest.raises(ConfigError, match="there is no training example 'nobody'"):
+        run.q_profile([Query.of(PROMPT, answer)], ["nobody"])
+
+
+def test_profile_of_several_classes_is_refused(finished):
+    run = Run(finished("logits"))
+    queries = [Query.of(PROMPT, word) for word in LABEL_WORDS[:2]]
+    with pytest.raises(MethodError, match="answered by several classes"):
+        run.q_profile(queries, [run.examples[0].id])
+
+
+def test_methods_are_named_in_any_spelling(finished, tmp_path):
+    config = changed(copied(finished("init"), tmp_path), reduce={"methods": ["beta_shapley(4.0, 1)"]})
+    reduce_run(config)
+    build_index(config, "beta_shapley(4,1)")
+    hits = Run(config).query(PROMPT, COMPLETION, method="beta_shapley(4,1.0)")
+    assert hits.method == "beta_shapley(4,1)"
+    expected = slow_values(config, "beta_shapley(4,1)", PROMPT, COMPLETION)
+    assert hits.helpful[0].value == pytest.approx(expected.max(), rel=1e-3)
 
 
 def by_row(hits: Hits) -> dict[int, Hit]:

@@ -17,12 +17,14 @@ from llmattrib.errors import (
     StoreNotFoundError,
 )
 from llmattrib.estimators.certificate import certify, sample_queries
+from llmattrib.estimators.enumeration import Enumeration
 from llmattrib.estimators.mean_field import MeanField
 from llmattrib.estimators.subset import Subset
 from llmattrib.games.kernel import LOO_GRID, KernelGame, mean_square
 from llmattrib.lock import locked
 from llmattrib.reduce import reduce_run
 from llmattrib.scorers.gradient import unit_rows
+from llmattrib.semivalues import semivalue_of
 from llmattrib.settings import resolve
 from llmattrib.store import Manifest, RowStore
 
@@ -228,6 +230,44 @@ def test_bias_of_the_mean_field_is_measured_and_kept(tmp_path):
     assert reduce_run(config)[0].certificate == found
     (without,) = reduce_run(make_run(tmp_path, methods=["shapley"], certificate_draws=0))
     assert without.certificate is None
+
+
+SEMIVALUES = ["shapley", "beta_shapley(4,1)", "banzhaf", "weighted_banzhaf(0.3)", "ame(0.3,0.5)", "leave_one_out"]
+
+
+def test_semivalues_of_a_run_share_a_sweep_and_have_the_bytes_they_have_alone(tmp_path, monkeypatch):
+    together = make_run(tmp_path / "together", methods=["influence", *SEMIVALUES], certificate_draws=8)
+    write_features(together, draw(20, 5))
+    sweeps = []
+    sweep = MeanField.sweep
+    monkeypatch.setattr(MeanField, "sweep", lambda *args: sweeps.append(args[2]) or sweep(*args))
+    results = reduce_run(together)
+    assert [len(semivalues) for semivalues in sweeps] == [6]
+    assert [result.method for result in results] == ["influence", *SEMIVALUES]
+    assert [result.sum_rule_error is not None for result in results] == [False, True, *[False] * 5]
+    assert all(result.certificate.num_draws == 8 for result in results[1:])
+    assert results[-1].certificate.upper < 1e-4, "leave-one-out is exact"
+    for method in SEMIVALUES:
+        alone = make_run(tmp_path / "alone", methods=[method], certificate_draws=8)
+        if not Path(alone.layout.features).exists():
+            write_features(alone, draw(20, 5))
+        reduce_run(alone)
+        assert files_of(alone.layout.representers(method)) == files_of(together.layout.representers(method))
+    assert Path(together.layout.representers("beta_shapley(4,1)")).name == "beta_shapley_4_1.zarr"
+
+
+def test_semivalues_are_near_enumeration_and_finished_ones_are_reused(tmp_path):
+    phi = draw(9, 5)
+    config = make_run(tmp_path, methods=["shapley"], normalize=False, center=False, certificate_draws=0)
+    write_features(config, phi)
+    reduce_run(config)
+    longer = make_run(tmp_path, methods=SEMIVALUES, normalize=False, center=False, certificate_draws=0)
+    assert [result.is_reused for result in reduce_run(longer)] == [True, *[False] * 5]
+    game = KernelGame.relative(phi[:, 0].astype(np.float64), np.ones((9, 1)), 0.1)
+    for method in SEMIVALUES:
+        truth = Enumeration(semivalue_of(method)).init(game).representers
+        assert oracles.relative_error(representers(longer, method)[1], truth) < 0.06
+    assert all(result.is_reused for result in reduce_run(longer))
 
 
 def test_classes_share_a_certificate_and_a_large_bias_is_noted(tmp_path):
