@@ -24,7 +24,8 @@ from pydantic import (
 )
 
 from llmattrib.errors import ConfigError
-from llmattrib.methods import MethodName, canonical
+from llmattrib.layout import RunLayout
+from llmattrib.methods import canonical
 from llmattrib.storage import read_bytes
 
 Method = Annotated[str, AfterValidator(canonical)]
@@ -287,6 +288,24 @@ class PlanConfig(Section):
     efficiency: float = Field(0.35, gt=0, le=1)
 
 
+class SlurmConfig(Section):
+    """How `llmattrib submit` asks Slurm for the jobs of a run; its options replace these.
+
+    `gpus_per_node` is one process each; 0 is for nodes without GPUs, one process a node with `cpus_per_task` threads.
+    `time`, as sbatch takes it, has quotes in YAML ("4:00:00" would be a number without). `sbatch` are more options of
+    sbatch for every job; `setup` are shell commands that each job begins with, to load modules or an environment.
+    """
+
+    nodes: PositiveInt = 1
+    gpus_per_node: int = Field(1, ge=0)
+    cpus_per_task: PositiveInt | None = None
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    sbatch: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -301,6 +320,7 @@ class RunConfig(Section):
     query: QueryConfig = QueryConfig()
     values: ValuesConfig = ValuesConfig()
     plan: PlanConfig = PlanConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @model_validator(mode="after")
     def _label_words_fit_output(self) -> "RunConfig":
@@ -309,61 +329,9 @@ class RunConfig(Section):
         return self
 
     @property
-    def layout(self) -> "RunLayout":
+    def layout(self) -> RunLayout:
         """Where this run's files lie."""
         return RunLayout(self.run_dir)
-
-
-class RunLayout:
-    """The paths inside a run directory, which may be local or an fsspec URL."""
-
-    def __init__(self, run_dir: str) -> None:
-        self.run_dir = run_dir.rstrip("/")
-
-    def path(self, *parts: str) -> str:
-        """Join `parts` below the run directory."""
-        return "/".join((self.run_dir, *parts))
-
-    @property
-    def config(self) -> str:
-        """The resolved, replayable config."""
-        return self.path("config.yaml")
-
-    @property
-    def adapter(self) -> str:
-        """The PEFT adapter, when trained here."""
-        return self.path("adapter")
-
-    @property
-    def examples(self) -> str:
-        """The texts of the examples, row-aligned with the features."""
-        return self.path("examples.parquet")
-
-    @property
-    def features(self) -> str:
-        """The feature store."""
-        return self.path("features.zarr")
-
-    @property
-    def validation(self) -> str:
-        """The features of the validation set of `values`."""
-        return self.path("validation.zarr")
-
-    def representers(self, method: str) -> str:
-        """The representer store of `method`."""
-        return self.path("representers", f"{MethodName.parse(method).file_name}.zarr")
-
-    def index(self, method: str) -> str:
-        """The faiss index of `method`."""
-        return self.path("index", f"{MethodName.parse(method).file_name}.faiss")
-
-    def index_manifest(self, method: str) -> str:
-        """What the index of `method` was made from."""
-        return self.path("index", f"{MethodName.parse(method).file_name}.json")
-
-    def index_sample(self, method: str) -> str:
-        """A sample of the representers of `method`, for the size of all values together."""
-        return self.path("index", f"{MethodName.parse(method).file_name}.sample.npy")
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:

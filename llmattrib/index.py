@@ -3,7 +3,7 @@
     index/<method>.faiss        the index
     index/<method>.sample.npy   all representers up to 4,096, else as many drawn at random: the sum of |value| over
                                 the training set, the denominator of a share, is read off them
-    index/<method>.json         written last: digest of the representers, kind, sizes
+    index/<method>.json         written last: digest of the representers, kind, sizes, checksums of the two files
 
 `flat` is exact and holds the vectors themselves; `hnsw` holds them beside a graph and finds nearly all of the best;
 `ivfpq` holds codes of `pq_subquantizers` bytes a row, and its candidates are rescored with the stored
@@ -29,8 +29,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from llmattrib import storage
-from llmattrib.config import IndexConfig, Method, RunConfig, RunLayout
+from llmattrib.config import IndexConfig, Method, RunConfig
 from llmattrib.errors import ConfigError, CorruptShardError, StaleIndexError, StoreNotFoundError
+from llmattrib.layout import RunLayout
+from llmattrib.lock import locked
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
 from llmattrib.store import RowStore
@@ -181,6 +183,7 @@ def build_index(config: RunConfig, method: Method, progress: Progress = silent) 
         StoreNotFoundError: the method was not reduced yet.
         IncompleteStoreError: its representers are not finished.
         ConfigError: the representers cannot be indexed with these settings.
+        StoreLockedError: another process writes an index of this run now.
     """
     began = time.perf_counter()
     layout = config.layout
@@ -201,13 +204,15 @@ def build_index(config: RunConfig, method: Method, progress: Progress = silent) 
         manifest = stored
     else:
         index, sample = _fill(store, config, progress)
-        storage.remove(layout.index_manifest(method))
-        manifest["num_bytes"] = _write_index(index, path)
-        buffer = io.BytesIO()
-        np.save(buffer, sample)
-        storage.atomic_write(layout.index_sample(method), buffer.getvalue())
-        text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-        storage.atomic_write(layout.index_manifest(method), text.encode())
+        with locked(layout.path("index")):
+            storage.remove(layout.index_manifest(method))
+            manifest["num_bytes"] = _write_index(index, path)
+            buffer = io.BytesIO()
+            np.save(buffer, sample)
+            storage.atomic_write(layout.index_sample(method), buffer.getvalue())
+            manifest["checksums"] = [storage.checksum(file) for file in (path, layout.index_sample(method))]
+            text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+            storage.atomic_write(layout.index_manifest(method), text.encode())
     seconds = time.perf_counter() - began
     sizes = manifest["num_rows"], manifest["dim"], manifest["num_bytes"]
     return IndexResult(path, method, config.index.kind, *sizes, seconds, is_reused)
@@ -398,3 +403,37 @@ def _read(path: str) -> bytes:
         return storage.read_bytes(path)
     except FileNotFoundError as error:
         raise CorruptShardError(f"{path} is missing", fix="delete the index folder and index again") from error
+
+
+def verify_index(layout: RunLayout, method: Method, store: RowStore | None) -> str:
+    """Read an index and compare it with its checksums and with the representers.
+
+    Args:
+        layout: of the run.
+        method: whose index.
+        store: its representers; None leaves out the comparison with them.
+
+    Returns:
+        What is wrong with it; empty when it is sound.
+    """
+    manifest, path = _read_manifest(layout, method), layout.index(method)
+    if manifest is None:
+        return "was not written to its end"
+    try:
+        found = [storage.checksum(file) for file in (path, layout.index_sample(method))]
+        if found != manifest.get("checksums"):
+            return "does not match the checksums it was written with"
+        index = _read_index(path, manifest["num_bytes"])
+    except (CorruptShardError, FileNotFoundError) as error:
+        return f"is missing a file or cannot be read ({error})"
+    if store is None:
+        return ""
+    if manifest["representers"] != store.digest():
+        return f"was built from other representers than {store.path} holds now"
+    if (index.ntotal, index.d) != (store.manifest.num_rows, store.manifest.num_outputs * store.manifest.dim):
+        return f"holds {index.ntotal:,} vectors of {index.d:,} numbers, and the representers are of another number"
+    if manifest["settings"]["kind"] != "ivfpq":  # the others hold the vectors themselves
+        for start, rows in store.blocks():
+            if not np.array_equal(index.reconstruct_n(start, len(rows)), rows.reshape(len(rows), -1)):
+                return f"holds other vectors than the representers, from row {start} on"
+    return ""

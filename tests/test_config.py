@@ -8,7 +8,6 @@ import yaml
 from llmattrib.config import (
     METHODS,
     RunConfig,
-    RunLayout,
     config_to_yaml,
     digest,
     load_config,
@@ -16,6 +15,7 @@ from llmattrib.config import (
     validate_config,
 )
 from llmattrib.errors import ConfigError
+from llmattrib.layout import RunLayout
 from llmattrib.storage import atomic_write
 
 MINIMAL = {"run_dir": "runs/x", "model": {"name": "m"}, "data": {"train": "d.jsonl"}}
