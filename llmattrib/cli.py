@@ -18,6 +18,7 @@ from llmattrib import __version__
 
 if TYPE_CHECKING:
     from llmattrib.config import RunConfig
+    from llmattrib.hits import Query
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the directory of a run.")]
 Overrides = Annotated[
@@ -228,6 +229,66 @@ def plan(
             console.print_plan(planned)
 
 
+def _queries(loaded: "RunConfig", prompt: str | None, completion: str | None, prompts: Path | None) -> "list[Query]":
+    """Return what is asked."""
+    from llmattrib.errors import ConfigError
+    from llmattrib.hits import Query, read_queries
+
+    if prompt is not None and prompts is None:
+        return [Query.of(prompt, completion)]
+    if prompts is not None and prompt is None and completion is None:
+        return read_queries(prompts, loaded.data)
+    raise ConfigError(
+        "what to ask is not clear",
+        expected="--prompt with or without --completion, or --prompts alone",
+        fix="completions of several prompts belong into the file of --prompts",
+    )
+
+
+@app.command(rich_help_panel="Results")
+def profile(
+    config: Config,
+    example: Annotated[
+        list[str], typer.Option("--example", "-e", help="Id of a training example; may be given several times.")
+    ],
+    overrides: Overrides = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What the model was asked.")] = None,
+    completion: Annotated[
+        str | None, typer.Option("--completion", "-c", help="Its answer; the model generates one when left out.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON Lines of prompt and optional completion; their mean is shown.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each example, all nodes.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show where on the q-axis an example earns its Shapley value: beside few other examples, or beside nearly all."""
+    from llmattrib import console
+
+    with console.reporting(debug):
+        loaded = _load(config, overrides)
+        queries = _queries(loaded, prompt, completion, prompts)
+        from llmattrib.query import Run
+
+        with redirect_stdout(sys.stderr), console.bar("profile, nodes", show=not quiet) as progress:
+            found = Run(loaded).q_profile(queries, example, progress).mean()
+        if as_json:
+            for row, name in enumerate(example):
+                columns = {"values": found.values, "earned": found.earned}
+                lists = {key: array[:, 0, row, 0].tolist() for key, array in columns.items()}
+                typer.echo(json.dumps({"id": name, "q": found.q.tolist(), "weights": found.weights.tolist(), **lists}))
+        else:
+            shares = found.shares()
+            console.print_profile(
+                found.q.tolist(),
+                {
+                    name: (found.values[:, 0, k, 0].tolist(), shares[:, 0, k, 0].tolist())
+                    for k, name in enumerate(example)
+                },
+            )
+
+
 @app.command(rich_help_panel="Results")
 def query(
     config: Config,
@@ -254,20 +315,10 @@ def query(
     from llmattrib import console
 
     with console.reporting(debug):
-        from llmattrib.errors import ConfigError
-        from llmattrib.hits import Query, read_queries, write_hits
+        from llmattrib.hits import write_hits
 
         loaded = _load(config, overrides)  # what can be wrong here is said before the seconds that torch takes
-        if prompt is not None and prompts is None:
-            queries = [Query.of(prompt, completion)]
-        elif prompts is not None and prompt is None and completion is None:
-            queries = read_queries(prompts, loaded.data)
-        else:
-            raise ConfigError(
-                "what to ask is not clear",
-                expected="--prompt with or without --completion, or --prompts alone",
-                fix="completions of several prompts belong into the file of --prompts",
-            )
+        queries = _queries(loaded, prompt, completion, prompts)
         from llmattrib.query import Run
 
         opened = Run(loaded)

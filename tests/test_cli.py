@@ -17,12 +17,14 @@ from typer.testing import CliRunner
 
 from llmattrib import console
 from llmattrib.cli import app
-from llmattrib.config import METHODS, RunConfig, config_to_yaml
+from llmattrib.config import METHODS, RunConfig, ValuesConfig, config_to_yaml
+from llmattrib.data import read_examples
 from llmattrib.errors import ConfigError
 from llmattrib.hits import Hit, Hits
+from llmattrib.methods import GRADIENT_METHODS, SEMIVALUE_FORMS
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("train", "build", "reduce", "index", "run", "query", "values", "methods", "demo", "evaluate")
+COMMANDS = ("train", "build", "reduce", "index", "run", "query", "profile", "values", "methods", "demo", "evaluate")
 
 
 def llmattrib(*arguments: str) -> Any:
@@ -75,9 +77,28 @@ def test_version() -> None:
 
 
 def test_methods_lists_every_method() -> None:
-    assert tuple(console.METHOD_NOTES) == METHODS
+    assert set(console.METHOD_NOTES) | {"ame(q,...)"} == {*SEMIVALUE_FORMS, *GRADIENT_METHODS}
     out = llmattrib("methods").stdout
-    assert all(method in out for method in METHODS)
+    assert all(method in out for method in (*console.METHOD_NOTES, *console.VALUES_NOTES))
+    assert all(len(notes) == 4 for notes in (*console.METHOD_NOTES.values(), *console.VALUES_NOTES.values()))
+    for method in console.VALUES_NOTES:
+        assert ValuesConfig(method=method).method == method
+
+
+def test_profile_shows_what_is_earned_below_q(done: tuple[str, RunConfig, Any]) -> None:
+    path, config, _ = done
+    first, second = (example.id for example in read_examples(config.layout.examples)[:2])
+    asked = ("profile", path, "-p", "what is the colour of a tree 0?", "-c", "red", "-e", first, "-e", second)
+    rows = [json.loads(line) for line in llmattrib(*asked, "--json").stdout.splitlines()]
+    assert [row["id"] for row in rows] == [first, second]
+    for row in rows:
+        integral = sum(weight * value for weight, value in zip(row["weights"], row["values"], strict=True))
+        assert row["earned"][-1] == pytest.approx(integral, rel=1e-6, abs=1e-12)
+        assert (row["q"][0], row["q"][-1]) == (0, 1)
+    lines = llmattrib(*asked).stdout.splitlines()
+    assert "share" in lines[0]
+    assert any(line.split()[0] == "1" and line.split()[-1] == "100.0%" for line in lines)
+    assert "there is no training example 'nobody'" in fails("profile", path, "-p", "x", "-c", "red", "-e", "nobody")
 
 
 def test_run_does_every_stage_and_names_what_it_wrote(done: tuple[str, RunConfig, Any]) -> None:

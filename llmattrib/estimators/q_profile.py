@@ -53,6 +53,11 @@ class QProfile:
         earned = chebyshev.chebval(x, antiderivative).T.reshape(stacked.shape)
         return cls(rule.semivalue.name, np.array([rule.q(node) for node in nodes]), weights, stacked, earned)
 
+    def mean(self) -> "QProfile":
+        """Return the profile of the mean over queries."""
+        values, earned = (array.mean(axis=1, keepdims=True) for array in (self.values, self.earned))
+        return QProfile(self.semivalue, self.q, self.weights, values, earned)
+
     def shares(self) -> Float[np.ndarray, "k m e c"]:
         """Return `earned` over the whole value; NaN where that is zero."""
         whole = self.earned[-1]
