@@ -388,7 +388,7 @@ def _reduce_table(plan: "Plan") -> Table:
     return table
 
 
-def _bytes(count: float) -> str:
+def _bytes(count: int) -> str:
     """Return a number of bytes in a decimal unit, three digits."""
     unit = next(unit for unit in (10**15, 10**12, 10**9, 10**6, 10**3, 1) if count >= unit or unit == 1)
     name = {10**15: "PB", 10**12: "TB", 10**9: "GB", 10**6: "MB", 10**3: "kB", 1: "B"}[unit]
