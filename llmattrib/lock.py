@@ -56,10 +56,28 @@ def _is_stale(owner: dict[str, Any], me: dict[str, Any]) -> bool:
     return bool(owner.get("started")) and owner["started"] != _started(owner["pid"])
 
 
+def _name(owner: dict[str, Any]) -> str:
+    return f"process {owner['pid']} on {owner['host']}" if "pid" in owner and "host" in owner else "another process"
+
+
+def holder(path: str) -> tuple[str, bool] | None:
+    """Return who holds the lock of the store at `path`, and whether it may be alive; None when it is free."""
+    try:
+        with named_errors(path):
+            owner = _parse_owner(read_bytes(lock_path(path)))
+    except FileNotFoundError:
+        return None
+    return _name(owner), not _is_stale(owner, _owner())
+
+
+def lock_path(path: str) -> str:
+    """Return the lock file of the store at `path`."""
+    return path.rstrip("/") + ".lock"
+
+
 def _locked_error(path: str, lock: str, owner: dict[str, Any]) -> StoreLockedError:
-    who = f"process {owner['pid']} on {owner['host']}" if "pid" in owner and "host" in owner else "another process"
     return StoreLockedError(
-        f"{path} is being written by {who}",
+        f"{path} is being written by {_name(owner)}",
         expected="one build on a store at a time",
         fix=f"wait for it to end; if that process is known to be gone, delete {lock}",
     )
@@ -123,7 +141,7 @@ def locked(path: str) -> Iterator[None]:
         StoreLockedError: a live process, or one on another host, holds it.
         StoreError: the lock file cannot be written.
     """
-    lock, mine = path.rstrip("/") + ".lock", json.dumps(_owner(), sort_keys=True).encode()
+    lock, mine = lock_path(path), json.dumps(_owner(), sort_keys=True).encode()
     local = local_path(lock)
     with named_errors(lock):
         if local is None:

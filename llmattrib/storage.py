@@ -6,6 +6,7 @@ never pass through fsspec. The module knows nothing about what the files hold.
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import uuid
@@ -155,6 +156,19 @@ def read_folder(folder: str, names: Sequence[str]) -> list[bytes]:
     paths = [f"{inner}/{name}" for name in names]
     contents = filesystem.cat(paths) if paths else {}
     return [bytes(contents[path]) for path in paths]
+
+
+def checksum(path: str) -> str:
+    """Return blake2b of a whole file; a local one is not held in memory.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    local = local_path(path)
+    if local is None:
+        return hashlib.blake2b(read_bytes(path), digest_size=32).hexdigest()
+    with local.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 
 
 def list_names(folder: str) -> list[str]:

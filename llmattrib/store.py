@@ -11,7 +11,7 @@ A shard is a fixed run of rows with one writer, so rows need no lock. Its record
 data is on disk: what has no record is not there, and is written again. Neither time, host nor rank is stored, so the
 bytes depend on the rows alone. Stored values are `row / scale` with a power of two as the scale, so float16 costs
 2^-11 of an entry or 2^-38 of the row's largest, whichever is more, and a row read and written again is the same.
-Nothing is compressed: zstd saves 8 % of a float16 sketch, or 15 % packing 0.1 GB/s (level 5 after a byte shuffle).
+Nothing is compressed: zstd saves 8 % of a float16 sketch, or 15 % at 0.1 GB/s.
 
 Limits: the number of rows is fixed when a store is made. Random access reads an inner chunk (about 64 rows).
 Only the manifest and one listing of commits/ are read to open a store. This module alone imports zarr.
@@ -21,10 +21,9 @@ Source: Zarr v3 core specification and its sharding_indexed and crc32c codecs.
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -33,6 +32,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import FsspecStore, LocalStore
 
 from llmattrib import storage
+from llmattrib.commits import Problem, commit, committed, record_path, vouches
 from llmattrib.errors import (
     CorruptShardError,
     FingerprintMismatchError,
@@ -43,28 +43,12 @@ from llmattrib.errors import (
 from llmattrib.manifest import SCALE, SCHEMA, Manifest, differing
 from llmattrib.quantize import quantize
 
-__all__ = ["Manifest", "Problem", "RowStore", "quantize"]
+__all__ = ["Manifest", "RowStore", "quantize"]
 
 CHUNK_ROWS = 64
-_RECORD = re.compile(r"(\d+)\.json")  # other files that find their way into a folder are passed over
 _KEY = "llmattrib"
 Shape = tuple[int, ...]
 REMAKE = "delete the store and run the stage that made it again"
-
-
-class Problem(NamedTuple):
-    """One finding of `RowStore.verify`; `shard` is -1 for what belongs to no shard."""
-
-    shard: int
-    what: str
-
-
-def checksum(*arrays: np.ndarray) -> str:
-    """blake2b of the decoded bytes of a shard: its arrays as stored, one after another."""
-    hasher = hashlib.blake2b(digest_size=32)
-    for array in arrays:
-        hasher.update(np.ascontiguousarray(array).data)
-    return hasher.hexdigest()
 
 
 def _zarr_store(path: str, read_only: bool) -> LocalStore | FsspecStore:
@@ -164,9 +148,6 @@ class RowStore:
         assert isinstance(array, zarr.Array)
         return array.with_config({"write_empty_chunks": True})
 
-    def _record(self, shard: int) -> str:
-        return f"{self.path}/commits/{shard:06d}.json"
-
     @property
     def num_shards(self) -> int:
         """Shards in all."""
@@ -179,9 +160,7 @@ class RowStore:
 
     def refresh(self) -> None:
         """List the commit records again: one listing, no file is read."""
-        with storage.named_errors(self.path):
-            names = storage.list_names(f"{self.path}/commits")
-        self._committed = {int(match[1]) for name in names if (match := _RECORD.fullmatch(name))}
+        self._committed = {*committed(self.path)}
 
     def pending(self) -> list[int]:
         """Return the shards without a commit record, in order, as of now."""
@@ -235,8 +214,7 @@ class RowStore:
             self._columns[start:stop] = columns
         storage.sync_file(f"{files[0]}/0/0")
         storage.sync_file(f"{files[1]}/0")
-        record = {"shard": shard, "rows": stop - start, "checksum": checksum(stored, columns)}
-        storage.atomic_write(self._record(shard), json.dumps(record).encode() + b"\n")
+        commit(self.path, shard, stored, columns)
         self._committed.add(shard)
 
     def _check_writable(
@@ -263,7 +241,7 @@ class RowStore:
         return CorruptShardError(
             f"shard {shard} of {self.path} (rows {'-'.join(map(str, self.shard_range(shard)))}) {what}",
             expected="the data its commit record vouches for",
-            fix=f"delete {self._record(shard)} and run the stage that made it again: only this shard is computed",
+            fix=f"delete {record_path(self.path, shard)} and run its stage again: only this shard is computed",
         )
 
     def _decode(self, array: zarr.Array[Any], shard: int, start: int, stop: int) -> np.ndarray:
@@ -389,12 +367,12 @@ class RowStore:
         return hashlib.sha256(settings + b"".join(self._records().values())).hexdigest()[:32]
 
     def verify(self) -> list[Problem]:
-        """Read everything and compare it with the checksums of the commit records."""
+        """Read everything, compare it with the checksums of the commit records, and look for rows not finite."""
         records = self._records()
         problems = [Problem(shard, "is not committed") for shard in range(self.num_shards) if shard not in records]
         for shard, data in records.items():
             problems += [Problem(shard, what) for what in self._verify_shard(shard, data)]
-        for name in {*storage.list_names(f"{self.path}/vectors")} - {"zarr.json"}:
+        for name in sorted({*storage.list_names(f"{self.path}/vectors")} - {"zarr.json"}):
             try:
                 self.read_vector(name)
             except StoreError as error:
@@ -406,15 +384,16 @@ class RowStore:
             return ["has a commit record but lies beyond the last shard"]
         start, stop = self.shard_range(shard)
         try:
-            record = json.loads(data)
             rows = self._decode(self._rows, shard, start, stop)
             columns = self._decode(self._columns, shard, start, stop)
+            if not vouches(data, shard, rows, columns):
+                return ["does not match the checksum of its commit record"]
         except ValueError:
             return ["has a commit record that is not JSON"]
         except StoreError as error:
             return [error.found]
-        is_good = record == {"shard": shard, "rows": stop - start, "checksum": checksum(rows, columns)}
-        return [] if is_good else ["does not match the checksum of its commit record"]
+        finite = np.isfinite(rows).all(axis=(1, 2)) & np.isfinite(columns[:, 0])
+        return [] if finite.all() else [f"holds row {start + int(np.argmin(finite))}, which is not finite"]
 
 
 def _chunk_rows(shard_size: int) -> int:

@@ -21,9 +21,10 @@ from typing import Any, cast
 import numpy as np
 
 from llmattrib import storage
+from llmattrib.commits import Problem, commit, committed, record_path, vouches
 from llmattrib.errors import CorruptShardError, FingerprintMismatchError, StoreError, StoreNotFoundError
 from llmattrib.manifest import differing
-from llmattrib.store import checksum, make_array, open_group, read_attributes
+from llmattrib.store import make_array, open_group, read_attributes
 
 SCHEMA = 1
 _KEY = "llmattrib_table"
@@ -160,9 +161,7 @@ class TableStore:
 
     def committed(self) -> list[int]:
         """Return the shards that are finished, in order, as of now."""
-        with storage.named_errors(self.path):
-            names = storage.list_names(f"{self.path}/commits")
-        return sorted(int(name.removesuffix(".json")) for name in names if name.endswith(".json"))
+        return committed(self.path)
 
     def pending(self) -> list[int]:
         """Return the planned shards that are not finished, in order, as of now."""
@@ -212,8 +211,7 @@ class TableStore:
             with storage.named_errors(self.path):
                 self._array(name)[shard * size : (shard + 1) * size] = columns[name]
             storage.sync_file("/".join([f"{self.path}/{name}/c/{shard}", *("0" for _ in shape[1:])]))
-        record = {"shard": shard, "rows": size, "checksum": checksum(*(columns[name] for name in wanted))}
-        storage.atomic_write(self._record(shard), json.dumps(record).encode() + b"\n")
+        commit(self.path, shard, *(columns[name] for name in wanted))
 
     def read(self) -> tuple[list[int], dict[str, np.ndarray]]:
         """Return the committed shards and all columns of their rows.
@@ -236,25 +234,40 @@ class TableStore:
         rows = slice(shard * size, (shard + 1) * size)
         try:
             with storage.named_errors(self.path):
-                record = json.loads(storage.read_bytes(self._record(shard)))
+                record = storage.read_bytes(record_path(self.path, shard))
                 columns = {name: np.asarray(self._array(name)[rows]) for name in self.manifest.columns}
+            is_good = vouches(record, shard, *columns.values())
         except ValueError as error:
             raise self._corrupt(shard, f"cannot be decoded ({error})") from error
-        if record != {"shard": shard, "rows": size, "checksum": checksum(*columns.values())}:
+        if not is_good:
             raise self._corrupt(shard, "does not match the checksum of its commit record")
         return columns
 
+    def verify(self) -> list[Problem]:
+        """Read everything, compare it with the checksums of the commit records, and look for numbers not finite."""
+        problems = [Problem(shard, "is not committed") for shard in self.pending()]
+        for shard in self.committed():
+            if shard >= self.manifest.num_shards:
+                problems.append(Problem(shard, "has a commit record but lies beyond the last shard"))
+                continue
+            try:
+                columns = self.read_shard(shard)
+            except StoreError as error:
+                problems.append(Problem(shard, error.found))
+                continue
+            floats = {name: array for name, array in columns.items() if array.dtype.kind == "f"}
+            bad = [name for name, array in floats.items() if not np.isfinite(array).all()]
+            problems += [Problem(shard, f"holds numbers in column {name} that are not finite") for name in bad]
+        return sorted(problems)
+
     def _array(self, name: str) -> Any:
         return cast(Any, self._group[name]).with_config({"write_empty_chunks": True})  # a row of zeros is a row
-
-    def _record(self, shard: int) -> str:
-        return f"{self.path}/commits/{shard:06d}.json"
 
     def _corrupt(self, shard: int, what: str) -> CorruptShardError:
         return CorruptShardError(
             f"shard {shard} of {self.path} {what}",
             expected="the data its commit record vouches for",
-            fix=f"delete {self._record(shard)} and fill the table again: only this shard is computed",
+            fix=f"delete {record_path(self.path, shard)} and fill the table again: only this shard is computed",
         )
 
     def _check_writable(self) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import zarr
 
+from llmattrib.commits import Problem
 from llmattrib.errors import (
     CorruptShardError,
     DiskSpaceError,
@@ -28,7 +29,7 @@ from llmattrib.manifest import Manifest, differing
 from llmattrib.quantize import quantize
 from llmattrib.rng import stream
 from llmattrib.storage import atomic_write, require_space
-from llmattrib.store import Problem, RowStore
+from llmattrib.store import RowStore
 
 
 def manifest(**changes):

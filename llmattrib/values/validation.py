@@ -67,8 +67,7 @@ def load_validation(run: Run, progress: Progress = silent) -> Validation:
     if keys:
         raise FingerprintMismatchError(features.path, keys)
     wanted = {
-        **stored,
-        "sketch_plan": digest(features.manifest.info["sketch_plan"]),
+        **features_fingerprint(features),
         "validation": {
             "examples": data_fingerprint(examples),
             "max_length": config.data.max_length,
@@ -89,6 +88,12 @@ def load_validation(run: Run, progress: Progress = silent) -> Validation:
         num_truncated=int(store.manifest.info["num_truncated"]),
         num_skipped=int(store.manifest.info["num_skipped"]),
     )
+
+
+def features_fingerprint(features: RowStore) -> dict[str, object]:
+    """Return what validation features depend on besides their examples: all that training features do."""
+    stored = {key: value for key, value in features.manifest.fingerprint.items() if key != "data"}
+    return {**stored, "sketch_plan": digest(features.manifest.info["sketch_plan"])}
 
 
 def _examples(config: RunConfig) -> list[Example]:
