@@ -142,7 +142,7 @@ def pydvl(features: SmsFeatures, num_permutations: int) -> dict[str, Any]:
     }
 
 
-def error_against_cost(features: SmsFeatures, num_draws: int, num_players: int = 1_000) -> dict[str, Any]:
+def error_against_cost(features: SmsFeatures, num_draws: int = 16_384, num_players: int = 1_000) -> dict[str, Any]:
     """Run every estimator at several budgets."""
     game, queries = features.game(num_players), features.queries
     truth, noise = merged(list(reference(features, num_players, num_draws)))
@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("mean_field", "pydvl", "error_against_cost")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument("--draws", type=int, default=16_384, help="of the reference")
+    parser.add_argument("--draws", type=int, default=6_400, help="of the reference for 5,000 messages")
     parser.add_argument("--permutations", type=int, default=32, help="by pyDVL")
     parser.add_argument("--docs", action="store_true")
     options = parser.parse_args()
@@ -231,7 +231,7 @@ def main() -> None:
     if "pydvl" in options.only:
         merge("pydvl_n500", pydvl(features, options.permutations))
     if "error_against_cost" in options.only:
-        merge("error_against_cost_n1000", error_against_cost(features, options.draws))
+        merge("error_against_cost_n1000", error_against_cost(features))
     if options.docs:
         write_docs(json.loads(RESULT.read_text())["error_against_cost_n1000"])
 
