@@ -1,6 +1,6 @@
 """Wrong labels found by data values, beside what needs no attribution: spam messages, and passages of eight topics.
 
-    python -m benchmarks.label_words [--docs]
+    python -m benchmarks.label_words [--tasks sms topics] [--docs]
 
 Training examples are drawn from different texts and a tenth of their labels is flipped, all by named streams; test
 prompts keep their labels. Features are those of configs/smollm2_sms.yaml and configs/smollm2_topics.yaml, at
@@ -18,7 +18,6 @@ have another label. Writes benchmarks/results/label_words.json; with --docs the 
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +171,7 @@ def prompt_values(config: RunConfig, method: str, validation: Validation) -> np.
 
 def measure_task(task: str) -> dict[str, Any]:
     """Run one task from texts to figures; finished stages are kept."""
-    started, folder = time.process_time(), FOLDER / task
+    folder = FOLDER / task
     flipped = write_task(task, folder)
     config = task_config(task, folder)
     build_features(config)
@@ -212,7 +211,6 @@ def measure_task(task: str) -> dict[str, Any]:
             }
             for name, rows in harmful.items()
         },
-        "cpu_seconds": round(time.process_time() - started, 1),
     }
 
 
@@ -246,11 +244,14 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure both tasks and write the JSON."""
+    """Measure tasks and write the JSON; figures of the other task stay."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", action="store_true")
+    parser.add_argument("--tasks", nargs="+", choices=list(ASSETS), default=list(ASSETS))
     arguments = parser.parse_args()
-    result = {"seed": SEED, "tasks": {task: measure_task(task) for task in ASSETS}}
+    kept = json.loads(RESULT.read_text())["tasks"] if RESULT.exists() else {}
+    measured = kept | {task: measure_task(task) for task in arguments.tasks}
+    result = {"seed": SEED, "tasks": {task: measured[task] for task in ASSETS if task in measured}}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(RESULT.read_text())
     if arguments.docs:

@@ -1,7 +1,10 @@
-"""Figures in the README are those that the benchmarks wrote."""
+"""Figures in the README and in docs are those that the benchmarks wrote."""
 
 import json
 
+import numpy as np
+
+from benchmarks import label_words
 from benchmarks.demo import BEGIN, END, README, RESULT, pool, table
 
 
@@ -27,3 +30,36 @@ def test_pooling_weighs_prompts_equally() -> None:
 
     pooled = pool([run(1.0, 30), run(0.5, 10), run(0.0, 0)])
     assert pooled == {"shapley": {"swapped": {"recall@1": 0.875, "recall@5": 1.0, "count": 40}}}
+
+
+def test_the_tables_of_label_words_are_rendered_from_the_result() -> None:
+    text = label_words.DOCS.read_text(encoding="utf-8")
+    found = text.partition(label_words.BEGIN)[2].partition(label_words.END)[0]
+    assert found == label_words.tables(json.loads(label_words.RESULT.read_text()))
+
+
+def test_detection_counts_the_most_suspicious() -> None:
+    flipped = np.array([True, False, False, True])
+    assert label_words.detection(np.array([3.0, 2.0, 1.0, 0.0]), flipped) == {"auroc": 0.5, "recall": 0.5}
+    assert label_words.detection(np.array([3.0, 1.0, 0.0, 2.0]), flipped) == {"auroc": 1.0, "recall": 1.0}
+
+
+def test_residuals_without_an_example_are_those_of_a_fit_without_it() -> None:
+    from llmattrib.games.kernel import KernelGame
+    from llmattrib.rng import stream
+
+    rows = stream(0, "test residuals").standard_normal((9, 4))
+    games = tuple(KernelGame(rows * scale, np.ones((9, 1)), 0.3) for scale in (1.0, 2.0))
+    labels = np.arange(9) % 2
+
+    class Games:
+        pass
+
+    for chosen in (games[:1], games):
+        held = Games()
+        held.games = chosen  # type: ignore[attr-defined]
+        found = label_words.residuals(held, labels)  # type: ignore[arg-type]
+        for i in range(9):
+            game = chosen[labels[i] if len(chosen) > 1 else 0]
+            kept = np.arange(9) != i
+            assert np.isclose(found[i], 1 - game.value(kept, game.features[i : i + 1])[0, 0])
