@@ -67,7 +67,7 @@ def build_flops(shape: ModelShape, config: RunConfig, tokens: Tokens, num_adapte
 
         forward     2 L T + 2 H M + 4 w sum W^2
         backward    c (2 L' T + 2 H M + k w' sum W^2)         k = 10 for fused attention, 8 for eager
-        lora        init:     2 k T (sum r d_in + c sum r d_out) for k draws
+        lora        init:     2 j T (sum r d_in + c sum r d_out) for j draws
                     trained:  T (4 sum r d_in + 2 sum r d_out) + c T (4 sum r d_in + 6 sum r d_out)
         sketch      c n P (4, dense 2 p + 2) for gradients of P entries
 
