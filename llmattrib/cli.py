@@ -14,21 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmattrib import __version__
+from llmattrib import __version__, cli_jobs
+from llmattrib.cli_options import Config, Debug, Overrides, Quiet
 
 if TYPE_CHECKING:
     from llmattrib.config import RunConfig
     from llmattrib.hits import Query
-
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the directory of a run.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[SECTION.KEY=VALUE]...", help="Settings that replace those of the file.", show_default=False
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 app = typer.Typer(
     name="llmattrib",
@@ -40,6 +31,8 @@ app = typer.Typer(
 )
 evaluate_app = typer.Typer(help="Measure how good the attributions of a run are.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate", rich_help_panel="Results")
+for command in (cli_jobs.submit, cli_jobs.status):
+    app.command(rich_help_panel="On a cluster")(command)
 
 
 def main() -> None:
@@ -371,6 +364,26 @@ def values(
         )
         if not quiet:
             console.print_values(result.lowest(top), result.highest(top))
+
+
+@app.command(rich_help_panel="Results")
+def verify(
+    config: Config,
+    overrides: Overrides = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove what is broken: it will be computed again.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Read all of a run, check it, and say what to run again. Exit code 1 when there is anything."""
+    from llmattrib import console
+
+    with console.reporting(debug):
+        loaded = _load(config, overrides)
+        from llmattrib.verify import verify_run
+
+        findings = verify_run(loaded, [config, *(overrides or [])], repair=repair)
+        if not console.print_findings(findings, repair, as_json=as_json):
+            raise typer.Exit(1)
 
 
 @app.command(rich_help_panel="Start here")

@@ -33,6 +33,7 @@ from llmattrib.signals import EXIT_CODE as STOPPED
 
 if TYPE_CHECKING:
     from llmattrib.plan.run import Plan
+    from llmattrib.verify import Finding
 
 EXIT_CODE = 2
 INTERRUPTED = 130
@@ -66,6 +67,37 @@ def reporting(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         Console(stderr=True).print("\nStopped. What was finished is kept: the same command goes on from there.")
         raise typer.Exit(INTERRUPTED) from None
+
+
+def print_findings(findings: Sequence["Finding"], is_repaired: bool, *, as_json: bool) -> bool:
+    """Print what is wrong with a run and, at the end, the commands that make it right, each once.
+
+    Returns:
+        Whether the run is sound now.
+    """
+    console = Console()
+    left = [finding for finding in findings if not (is_repaired and finding.is_leftover)]
+    if as_json:
+        tree = {"is_sound": not left, "is_repaired": is_repaired, "findings": [vars(finding) for finding in findings]}
+        typer.echo(json.dumps(tree))
+        return not left
+    for finding in findings:
+        place = finding.place
+        if finding.shards is not None:
+            first, last = finding.shards
+            place += f", shard {first}" if first == last else f", shards {first} to {last}"
+        if finding.rows is not None:
+            place += f" (rows {finding.rows[0]} to {finding.rows[1] - 1})"
+        state = " [removed]" if is_repaired and finding.removable else ""
+        console.print(Text.assemble((printable(place), "bold"), ": ", printable(finding.what), state), soft_wrap=True)
+    if not left:
+        console.print("sound: every checksum, fingerprint and number of rows is right")
+        return True
+    is_repairable = not is_repaired and any(finding.removable for finding in findings)
+    console.print("to run:" if not is_repairable else "to run, after this command with --repair:")
+    for command in dict.fromkeys(finding.rerun for finding in left if not finding.is_leftover):
+        console.print(Text(f"  {printable(command)}"), soft_wrap=True)
+    return False
 
 
 class _Rate(ProgressColumn):

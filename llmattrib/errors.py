@@ -25,6 +25,7 @@
     │   └── DiskSpaceError          the store would not fit on the disk
     ├── MethodError                 a method that is unknown or cannot run on these features
     ├── StaleIndexError             an index or representers older than what they were made from
+    ├── SlurmError                  Slurm is missing, refuses a job, or a job failed
     └── StoppedError                a signal asked the stage to stop, and it did after a whole shard
 
 An error says what was found, what was expected and what to do. The command line prints it and exits with code 2, or
@@ -168,6 +169,10 @@ class MethodError(LlmattribError):
 
 class StaleIndexError(LlmattribError):
     """An index or representers are older than what they were made from."""
+
+
+class SlurmError(LlmattribError):
+    """Slurm is missing, refuses a job, or a job failed."""
 
 
 class StoppedError(LlmattribError):

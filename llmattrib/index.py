@@ -189,7 +189,7 @@ def build_index(config: RunConfig, method: Method, progress: Progress = silent) 
     layout = config.layout
     store = _open_representers(layout, method)
     settings = _build_settings(config.index)
-    stored = _read_manifest(layout, method)
+    stored = _read_manifest(layout.index_manifest(method))
     path = layout.index(method)
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
@@ -227,7 +227,7 @@ def open_index(config: RunConfig, method: Method) -> VectorIndex:
         CorruptShardError: the file is not what was written.
     """
     layout = config.layout
-    manifest = _read_manifest(layout, method)
+    manifest = _read_manifest(layout.index_manifest(method))
     if manifest is None:
         raise StoreNotFoundError(
             f"there is no index at {layout.index(method)}",
@@ -257,8 +257,7 @@ def _build_settings(config: IndexConfig) -> dict[str, Any]:
     return {"kind": config.kind} | {name: getattr(config, name) for name in names[config.kind]}
 
 
-def _read_manifest(layout: RunLayout, method: Method) -> dict[str, Any] | None:
-    path = layout.index_manifest(method)
+def _read_manifest(path: str) -> dict[str, Any] | None:
     try:
         manifest = json.loads(storage.read_bytes(path))
     except FileNotFoundError:
@@ -405,22 +404,23 @@ def _read(path: str) -> bytes:
         raise CorruptShardError(f"{path} is missing", fix="delete the index folder and index again") from error
 
 
-def verify_index(layout: RunLayout, method: Method, store: RowStore | None) -> str:
+def verify_index(path: str, sample: str, manifest_path: str, store: RowStore | None) -> str:
     """Read an index and compare it with its checksums and with the representers.
 
     Args:
-        layout: of the run.
-        method: whose index.
+        path: the index.
+        sample: of its representers.
+        manifest_path: what it was made from.
         store: its representers; None leaves out the comparison with them.
 
     Returns:
         What is wrong with it; empty when it is sound.
     """
-    manifest, path = _read_manifest(layout, method), layout.index(method)
+    manifest = _read_manifest(manifest_path)
     if manifest is None:
         return "was not written to its end"
     try:
-        found = [storage.checksum(file) for file in (path, layout.index_sample(method))]
+        found = [storage.checksum(file) for file in (path, sample)]
         if found != manifest.get("checksums"):
             return "does not match the checksums it was written with"
         index = _read_index(path, manifest["num_bytes"])

@@ -1,0 +1,366 @@
+"""Checks of a whole run: every byte of its stores, and that each was made from what is there now.
+
+    features, validation features, representers    every shard: crc32c, checksum, finite numbers; vectors; fingerprints
+    values/subsets.zarr                            every shard of the table
+    examples.parquet, values/<method>.*            number of rows, fingerprints
+    index/<method>.*                               checksums, and the vectors against the representers
+    everything                                     temporary files and locks that killed processes left
+
+A finding says what is wrong and which command makes it right. All that repair does is remove: the commit record of a
+broken shard (so that its stage computes it again, to the same bytes), what is stale or broken as a whole and can be
+made again, and what killed processes left. It holds every lock of the run meanwhile. What is downstream of a broken
+shard is kept, for it is right again when the shard is. A feature store whose metadata cannot be read is left to a
+person.
+
+Limits: `train` takes no lock, so no repair beside it. Stages that were never run are not missed, save build.
+"""
+
+import csv
+import io
+import json
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmattrib import storage
+from llmattrib.build import settings_fingerprint
+from llmattrib.commits import Problem, record_path
+from llmattrib.config import RunConfig
+from llmattrib.data import data_fingerprint, read_examples
+from llmattrib.errors import DataError, StoreError, StoreNotFoundError
+from llmattrib.index import verify_index
+from llmattrib.lock import holder, lock_path, locked
+from llmattrib.manifest import differing
+from llmattrib.store import RowStore
+from llmattrib.table import TableStore
+from llmattrib.values.stage import TABLE_METHODS
+from llmattrib.values.validation import features_fingerprint
+
+Store = TypeVar("Store", RowStore, TableStore)
+VECTORS = ("mean", "total")
+"""What representers hold besides their rows."""
+INDEX_FILES = (".faiss", ".sample.npy", ".json")
+VALUES_FILES = (".csv", ".parquet", ".json")
+UNCOMMITTED = "is not committed"
+OUTDATED = "was made from other features than are there now"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a run.
+
+    Attributes:
+        place: the file or store, below the run directory.
+        what: what is wrong with it.
+        rerun: the command that makes it right, after a repair where `removable` is not empty.
+        shards: first and last shard that it is about, if any.
+        rows: their first row and the row after their last.
+        removable: paths that a repair removes.
+        is_leftover: whether nothing is missing once they are removed.
+    """
+
+    place: str
+    what: str
+    rerun: str
+    shards: tuple[int, int] | None = None
+    rows: tuple[int, int] | None = None
+    removable: tuple[str, ...] = ()
+    is_leftover: bool = False
+
+
+def verify_run(config: RunConfig, target: Sequence[str], *, repair: bool = False) -> list[Finding]:
+    """Read all of a run and compare it with its checksums, fingerprints and numbers of rows.
+
+    Args:
+        config: the run.
+        target: how the user named it, with overrides, for the commands of the findings.
+        repair: remove what findings call removable; all else is only read.
+
+    Returns:
+        What is wrong, in the order of the stages; empty when the run is sound.
+
+    Raises:
+        StoreLockedError: a repair was asked for while another process writes the run.
+        StoreError: a path cannot be read, or not be written by a repair.
+    """
+    checks = _Checks(config, shlex.join(target))
+    if not repair:
+        return list(checks.run())
+    places = [config.layout.path(name) for name in checks.locks()]
+    found = list(checks.lock_findings())
+    with ExitStack() as held:
+        for place in places:
+            held.enter_context(locked(place))
+        found += checks.contents()
+        for finding in found:
+            for path in finding.removable:
+                if not path.endswith(".lock"):  # held by now, and removed by whom it belongs to
+                    storage.remove(path)
+    return found
+
+
+class _Checks:
+    """The checks of one run; each yields findings."""
+
+    def __init__(self, config: RunConfig, target: str) -> None:
+        self.config, self.layout, self.target = config, config.layout, target
+
+    def command(self, stage: str, *settings: str) -> str:
+        """Return the command line of a stage."""
+        return " ".join([f"llmattrib {stage} {self.target}", *map(shlex.quote, settings)])
+
+    def of_method(self, stage: str, method: str) -> str:
+        """Return the command line of reduce or index that does this method."""
+        is_default = method in self.config.reduce.methods
+        return self.command(stage, *([] if is_default else [f"reduce.methods={json.dumps([method])}"]))
+
+    def short(self, path: str) -> str:
+        """Return a path below the run directory."""
+        return path.removeprefix(self.layout.run_dir + "/")
+
+    def locks(self) -> list[str]:
+        """Return what is locked in a run: always the features, and of the others those that are there."""
+        others = ("representers", "index", "values")
+        names = [name for name in others if any(map(storage.exists, map(self.layout.path, (name, f"{name}.lock"))))]
+        return [self.short(self.layout.features), *names]
+
+    def run(self) -> Iterator[Finding]:
+        """All checks; temporary files are those of a live writer while there is one."""
+        found = list(self.lock_findings())
+        yield from found
+        yield from self.contents(has_writer=any(not finding.is_leftover for finding in found))
+
+    def lock_findings(self) -> Iterator[Finding]:
+        """Locks that are held, or were left."""
+        for name in self.locks():
+            lock = lock_path(self.layout.path(name))
+            held = holder(self.layout.path(name))
+            if held is None:
+                continue
+            who, may_live = held
+            if may_live:
+                wait = f"wait for it to end (if it is known to be gone: delete {lock}), then {self.command('verify')}"
+                yield Finding(self.short(lock), f"{name} is being written by {who}", wait)
+            else:
+                what = f"was left by {who}, which is gone"
+                yield Finding(
+                    self.short(lock), what, self.command("verify", "--repair"), removable=(lock,), is_leftover=True
+                )
+
+    def contents(self, has_writer: bool = False) -> Iterator[Finding]:
+        """Everything but locks."""
+        build = self.command("build")
+        found: list[Finding] = []
+        features = self.open(self.layout.features, RowStore.open, build, found, is_rebuilt=False)
+        if features is not None:
+            found += self.problems(features, features.verify(), build)
+        is_sound = not found
+        yield from found
+        if features is not None:
+            yield from self.settings(features)
+            yield from self.examples(features)
+            yield from self.validation(features, is_sound)
+        digest = features.digest() if features is not None and is_sound else None
+        yield from self.representers(digest)
+        yield from self.values(digest)
+        if not has_writer:
+            yield from self.leftovers()
+
+    def open(
+        self,
+        path: str,
+        opener: Callable[[str], Store],
+        rerun: str,
+        found: list[Finding],
+        is_rebuilt: bool = True,
+    ) -> Store | None:
+        """Open a store; what cannot be opened is found, and removable when a repair may."""
+        place = self.short(path)
+        try:
+            return opener(path)
+        except StoreNotFoundError:
+            found.append(Finding(place, "there is no finished store", rerun))
+        except StoreError as error:
+            if is_rebuilt:
+                found.append(Finding(place, error.found, rerun, removable=(path,)))
+            else:
+                found.append(Finding(place, error.found, f"rm -r {shlex.quote(path)} && {rerun}"))
+        return None
+
+    def problems(self, store: RowStore | TableStore, problems: Sequence[Problem], rerun: str) -> Iterator[Finding]:
+        """Turn problems of a store into findings, neighbouring shards without a record into one."""
+        size, place = store.manifest.shard_size, self.short(store.path)
+        num_rows = store.manifest.num_rows if isinstance(store, RowStore) else store.manifest.num_shards * size
+        runs: list[tuple[int, int, str]] = []
+        for shard, what in problems:
+            if runs and what == UNCOMMITTED == runs[-1][2] and shard == runs[-1][1] + 1:
+                runs[-1] = (runs[-1][0], shard, what)
+            else:
+                runs.append((shard, shard, what))
+        for first, last, what in runs:
+            if first < 0:  # a vector: the writer of the last shard writes the vectors
+                last_record = record_path(store.path, -(-num_rows // size) - 1)
+                yield Finding(place, what, rerun, removable=(last_record,))
+                continue
+            record = record_path(store.path, first)
+            start, stop = first * size, min((last + 1) * size, num_rows)
+            if start >= num_rows:
+                again = self.command("verify", "--repair")
+                yield Finding(place, what, again, (first, last), removable=(record,), is_leftover=True)
+                continue
+            removable = () if what == UNCOMMITTED else (record,)
+            yield Finding(place, _without_place(what, store.path), rerun, (first, last), (start, stop), removable)
+
+    def settings(self, features: RowStore) -> Iterator[Finding]:
+        """The config against the settings the features were made with."""
+        stored = {key: features.manifest.fingerprint.get(key) for key in settings_fingerprint(self.config)}
+        keys = differing(stored, json.loads(json.dumps(settings_fingerprint(self.config))))
+        if keys:
+            rows = "; ".join(f"{key}: stored {old!r}, now {new!r}" for key, (old, new) in keys.items())
+            again = f"restore these settings, or: rm -r {shlex.quote(features.path)} && {self.command('build')}"
+            yield Finding(self.short(features.path), f"was made with other settings ({rows})", again)
+
+    def examples(self, features: RowStore) -> Iterator[Finding]:
+        """The texts against the features."""
+        place, what = self.short(self.layout.examples), ""
+        num_rows = features.manifest.num_rows
+        try:
+            examples = read_examples(self.layout.examples)
+        except DataError as error:
+            what = error.found
+        except (ValueError, OSError, pa.ArrowException) as error:
+            what = f"cannot be read ({error})"
+        else:
+            if len(examples) != num_rows:
+                what = f"holds {len(examples):,} examples, and the features are of {num_rows:,}"
+            elif data_fingerprint(examples) != features.manifest.fingerprint["data"]["examples"]:
+                what = "holds other texts than the features were made from"
+        if what:
+            yield Finding(place, what, self.command("build"))
+
+    def validation(self, features: RowStore, is_sound: bool) -> Iterator[Finding]:
+        """The validation features, and whether they were made as the training features are."""
+        path, rerun, found = self.layout.validation, self.command("values"), list[Finding]()
+        if not storage.exists(path):
+            return
+        store = self.open(path, RowStore.open, rerun, found)
+        yield from found
+        if store is None:
+            return
+        stored = {key: value for key, value in store.manifest.fingerprint.items() if key != "validation"}
+        if is_sound and differing(stored, features_fingerprint(features)):
+            what = "was made with other settings than the features that are there now"
+            yield Finding(self.short(path), what, rerun, removable=(path,))
+        else:
+            yield from self.problems(store, store.verify(), rerun)
+
+    def representers(self, features: str | None) -> Iterator[Finding]:
+        """All representers and indices; without the digest of sound features, chains are not compared."""
+        stores: dict[str, RowStore | None] = {}
+        outdated = set()
+        for name in storage.list_names(self.layout.path("representers")):
+            path, found = self.layout.path("representers", name), list[Finding]()
+            if not name.endswith(".zarr"):
+                continue
+            store = self.open(path, RowStore.open, self.command("reduce"), found)
+            if store is not None:
+                rerun = self.of_method("reduce", store.manifest.info["method"])
+                if features is not None and store.manifest.fingerprint["features"] != features:
+                    found.append(Finding(self.short(path), OUTDATED, rerun, removable=(path,)))
+                    outdated.add(name.removesuffix(".zarr"))
+                else:
+                    found += self.representer_store(store, rerun)
+            yield from found
+            stores[name.removesuffix(".zarr")] = None if found else store
+        for name in self.names("index", INDEX_FILES):
+            yield from self.index(name, stores, name in outdated)
+
+    def names(self, folder: str, ends: Sequence[str]) -> list[str]:
+        """Return the names, without their ends, of the files in a folder that have one of these ends."""
+        names = storage.list_names(self.layout.path(folder))
+        return sorted({name.removesuffix(end) for name in names for end in ends if name.endswith(end)})
+
+    def representer_store(self, store: RowStore, rerun: str) -> Iterator[Finding]:
+        """One store of representers."""
+        problems = store.verify()
+        present = storage.list_names(f"{store.path}/vectors")
+        if store.is_complete:
+            problems = [
+                Problem(-1, f"vector {name!r} is missing") for name in VECTORS if name not in present
+            ] + problems
+        yield from self.problems(store, problems, rerun)
+
+    def index(self, name: str, stores: Mapping[str, RowStore | None], is_outdated: bool) -> Iterator[Finding]:
+        """One index, against its representers where they are sound."""
+        faiss, sample, manifest = files = tuple(self.layout.path("index", name + end) for end in INDEX_FILES)
+        store, place = stores.get(name), self.short(faiss)
+        what = OUTDATED if is_outdated else verify_index(faiss, sample, manifest, store)
+        method = name if store is None else store.manifest.info["method"]
+        if what:
+            yield Finding(place, what, self.of_method("index", method), removable=files)
+        elif name not in stores:
+            yield Finding(place, "its representers are missing", self.of_method("reduce", method))
+
+    def values(self, features: str | None) -> Iterator[Finding]:
+        """The table of random subsets, and the values."""
+        path, found = self.layout.path("values", "subsets.zarr"), list[Finding]()
+        own = self.config.values.method
+        if storage.exists(path):
+            rerun = self.command("values", *([] if own in TABLE_METHODS else [f"values.method={TABLE_METHODS[0]}"]))
+            table = self.open(path, TableStore.open, rerun, found)
+            yield from found
+            if table is not None:
+                game = table.manifest.fingerprint.get("game", {})
+                if features is not None and game.get("features") != features:
+                    yield Finding(self.short(path), OUTDATED, rerun, removable=(path,))
+                else:
+                    yield from self.problems(table, table.verify(), rerun)
+        for name in self.names("values", VALUES_FILES):
+            yield from self.values_of(name, features)
+
+    def values_of(self, name: str, features: str | None) -> Iterator[Finding]:
+        """The three files of one method."""
+        files = tuple(self.layout.path("values", name + end) for end in VALUES_FILES)
+        method, what = name, ""
+        try:
+            manifest = json.loads(storage.read_bytes(files[2]))
+            method = manifest["method"]
+            table = pq.read_table(io.BytesIO(storage.read_bytes(files[1])))
+            texts = list(csv.DictReader(io.StringIO(storage.read_bytes(files[0]).decode())))
+            values = table["value"].to_numpy()
+            if [float(text["value"]) for text in texts] != values.tolist() or len(values) != manifest["num_examples"]:
+                what = "its files hold different values"
+            elif not np.isfinite(values).all():
+                what = f"the value of row {int(np.argmin(np.isfinite(values)))} is not finite"
+            elif features is not None and manifest["fingerprint"]["features"] != features:
+                what = OUTDATED
+        except (ValueError, OSError, KeyError, TypeError, pa.ArrowException) as error:
+            what = f"is missing a file or cannot be read ({error})"
+        if what:
+            extra = [] if method == self.config.values.method else [f"values.method={method}"]
+            yield Finding(self.short(files[0]), what, self.command("values", *extra), removable=files)
+
+    def leftovers(self) -> Iterator[Finding]:
+        """Temporary files of killed processes; object stores have none."""
+        local = storage.local_path(self.layout.run_dir)
+        if local is None or not local.is_dir():
+            return
+        folders = sorted(Path(local).glob(".adapter.*"))
+        for path in [*folders, *sorted(local.rglob(f"*{storage.PARTIAL}"))]:
+            if folders and any(folder in path.parents for folder in folders):
+                continue
+            what, again = "was left by a killed process", self.command("verify", "--repair")
+            yield Finding(str(path.relative_to(local)), what, again, removable=(str(path),), is_leftover=True)
+
+
+def _without_place(what: str, path: str) -> str:
+    """Return the message about a shard of a store without the words that name both."""
+    prefix, _, rest = what.partition(f" of {path} ")
+    return rest.partition(") ")[2] if rest.startswith("(rows ") else rest or prefix
