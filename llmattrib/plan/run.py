@@ -23,8 +23,8 @@ from llmattrib.weights import load_tokenizer_alone
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "CPU": 16 * 3e9 * 32}
 SCALES = (10**6, 10**8, 10**9)
 HEAP_FACTOR = 1.6
-"""Peak of the C heap over the bytes alive in a batch on a CPU: glibc keeps freed blocks. 1.5-1.7 measured
-(benchmarks/results/plan.json); GPU allocators keep less, so that there the figure is of the bytes alive."""
+"""Peak of the C heap over the bytes alive in a batch on a CPU: glibc keeps freed blocks. 1.5 to 1.8 with
+SmolLM2 (benchmarks/plan.py), up to 2.5 with a small model at `trained`. GPU figures are of the bytes alive."""
 GATHERED_UNITS = 2
 """Parts whose weights ZeRO-3 holds whole at once: the one in use and the one being fetched."""
 
