@@ -8,6 +8,7 @@ What ranks tell each other is JSON, never pickle. This module alone imports acce
 import atexit
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import time
@@ -27,6 +28,10 @@ PATIENCE = datetime.timedelta(days=1)
 """How long a rank waits for others; a dead one is noticed at once, since the launcher stops all."""
 GRACE_SECONDS = 30.0
 """How long the others stay after a rank failed. Were one to leave first, the launcher would end all in mid-message."""
+_SUMMED = 1 << 18
+"""Numbers of each rank that are summed at a time."""
+_AGREED = "_llmattrib_agreed"
+"""Attribute of an exception that all ranks know of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +82,25 @@ class Ranks:
         return [json.loads(bytes(part[: int(n)].tolist())) for part, n in zip(parts, sizes, strict=True)]
 
     def sum(self, array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-        """Return the sum of the arrays of all ranks, on every rank; shapes and dtypes must agree."""
+        """Return the sum of the arrays of all ranks, the same bytes on every rank; shapes and dtypes must agree.
+
+        Added in rank order, piece by piece: unlike a ring, no backend or topology changes a bit of it. Each rank
+        receives world_size - 1 arrays.
+        """
         if self.world_size == 1:
             return array
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device, copy=True)
-        torch.distributed.all_reduce(tensor)
-        return tensor.cpu().numpy().reshape(array.shape)
+        flat = np.ascontiguousarray(array).reshape(-1)
+        total = np.empty_like(flat)
+        for start in range(0, len(flat), _SUMMED):
+            piece = torch.from_numpy(flat[start : start + _SUMMED]).to(self.device)
+            parts = [torch.empty_like(piece) for _ in range(self.world_size)]
+            torch.distributed.all_gather(parts, piece)
+            total[start : start + _SUMMED] = functools.reduce(torch.add, parts).cpu().numpy()
+        return total.reshape(array.shape)
+
+    def total(self, part: Callable[[], Float[np.ndarray, "..."]]) -> Float[np.ndarray, "..."]:
+        """Return the sum of what `part` returns on every rank, or fail as `together` does."""
+        return self.sum(self.together(part))
 
     def is_any(self, mine: bool) -> bool:
         """Say whether any rank has asked with `mine` so far; ranks do not wait for each other, as `gather` does."""
@@ -95,6 +113,9 @@ class Ranks:
 
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank, and go on only if all of them succeed.
+
+        An action may itself call `together`, `total` and `on_main`: a rank that fails outside of those calls is noticed
+        by the others at their next one. It must not call `gather`, `sum` and `barrier`, which do not look for that.
 
         Returns:
             This rank's result.
@@ -110,9 +131,12 @@ class Ranks:
         try:
             result = action()
         except Exception as error:
+            if hasattr(error, _AGREED):
+                raise
             failure = error
         failed = [rank for rank, is_failed in enumerate(self.gather(failure is not None)) if is_failed]
         if failure is not None and failed[0] == self.rank:
+            setattr(failure, _AGREED, True)
             raise failure
         if failed:
             time.sleep(GRACE_SECONDS)

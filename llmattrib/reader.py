@@ -3,46 +3,64 @@
 Memory: statistics and row spaces are kept for later methods; `features` and `game` hold the rows in float64.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float
 from scipy.special import expit
 
+from llmattrib.distributed import Ranks
 from llmattrib.games.kernel import LOO_GRID, FeatureRows, KernelGame
 from llmattrib.scorers.gradient import absolute_ridge, unit_rows
 from llmattrib.settings import Response, Settings
 from llmattrib.store import RowStore
 
 Representers = Callable[[], Iterator[tuple[int, Float[np.ndarray, "m c p"]]]]
-"""A pass over (first row, representers), shard by shard."""
+"""A pass over (first row, representers) of this rank's shards, in order."""
 
 
 class FeatureReader:
-    """The feature store as methods see it, centred and scaled; statistics are kept for later methods."""
+    """The feature store as methods see it, centred and scaled; statistics are kept for later methods.
 
-    def __init__(self, store: RowStore) -> None:
-        self.store, self.manifest = store, store.manifest
+    Each of several ranks reads its own share of the shards, and sums are of all: they ask for the same in the same
+    order, in a `Ranks.together`.
+    """
+
+    def __init__(self, store: RowStore, ranks: Ranks | None = None) -> None:
+        self.store, self.manifest, self.ranks = store, store.manifest, ranks or Ranks()
         self.output = str(store.manifest.fingerprint["features"]["output"])
         self._features: dict[tuple[bool, bool, int], FeatureRows] = {}
+
+    def alone(self) -> "FeatureReader":
+        """Return a reader of all shards for a rank that works while the others wait."""
+        return self if self.ranks.world_size == 1 else FeatureReader(self.store)
+
+    @property
+    def shards(self) -> Sequence[int]:
+        """The shards of this rank, in order."""
+        return self.ranks.share(range(self.store.num_shards))
 
     @cached_property
     def mean(self) -> Float[np.ndarray, "c p"]:
         """Mean feature, float32 as it is stored, so that queries are centred by the same numbers."""
-        total = np.zeros((self.manifest.num_outputs, self.manifest.dim))
-        for _, rows in self.store.blocks():
-            total += rows.sum(axis=0, dtype=np.float64)
-        return (total / self.manifest.num_rows).astype(np.float32)
+
+        def part() -> Float[np.ndarray, "c p"]:
+            total = np.zeros((self.manifest.num_outputs, self.manifest.dim))
+            for _, rows in self.store.blocks(self.shards):
+                total += rows.sum(axis=0, dtype=np.float64)
+            return total
+
+        return (self.ranks.total(part) / self.manifest.num_rows).astype(np.float32)
 
     def center(self, settings: Settings) -> Float[np.ndarray, "c p"]:
         """Return what is subtracted: the mean, or zeros."""
         return self.mean if settings.center else np.zeros((self.manifest.num_outputs, self.manifest.dim), np.float32)
 
     def blocks(self, settings: Settings) -> Iterator[tuple[int, Float[np.ndarray, "m c p"]]]:
-        """Yield (first row, rows), shard by shard."""
+        """Yield (first row, rows) of this rank's shards."""
         center = self.center(settings)
-        for start, rows in self.store.blocks():
+        for start, rows in self.store.blocks(self.shards):
             rows = rows - center if settings.center else rows
             yield start, unit_rows(rows) if settings.normalize else rows
 
@@ -54,7 +72,8 @@ class FeatureReader:
             def blocks() -> Iterator[tuple[int, Float[np.ndarray, "m p"]]]:
                 return ((start, rows[:, output]) for start, rows in self.blocks(settings))
 
-            self._features[key] = FeatureRows(blocks, self.manifest.num_rows, self.manifest.dim)
+            n, p = self.manifest.num_rows, self.manifest.dim
+            self._features[key] = FeatureRows(blocks, n, p, total=self.ranks.total)
         return self._features[key]
 
     @cached_property

@@ -7,14 +7,18 @@ the shape and shards of the feature store, the vectors `mean` (zeros when not ce
 representers), and in `info` what was chosen. Its fingerprint is a digest of the feature data and the resolved
 settings: an equal one is reused, another one is replaced, since all of it can be computed again.
 
-Memory: gradient methods hold p x p (or, n < p, the n x p rows); semivalues hold the features, see
-estimators.mean_field, and those of one run are computed together, in one sweep over q.
-The first rank does the work; rows would be shared out in `games.kernel.form_gram`.
+Ranks: each reads, reduces and writes its own share of the shards for gradient methods; what they sum (mean, Gram,
+leave-one-out errors, `total`) is the same to rounding for any number of them, and the same bytes for the same number.
+The first rank alone computes and writes semivalues.
+Memory: gradient methods hold p x p (or, n < p, the n x p rows) and a few shards, whatever n is, but for 16 bytes a row
+where leave-one-out chooses the ridge; semivalues hold the features, see estimators.mean_field, and those of one run are
+computed together, in one sweep over q.
 """
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +90,8 @@ def reduce_run(config: RunConfig, ranks: Ranks | None = None, progress: Progress
         StoreLockedError: another process reduces this run now.
         DiskSpaceError: the representers would not fit on the disk.
     """
-    trees = (ranks or Ranks()).on_main(lambda: _reduce(config, progress))
+    ranks = ranks or Ranks()
+    trees = ranks.together(lambda: _reduce(config, ranks, progress))
     return [_from_tree(tree) for tree in trees]
 
 
@@ -97,17 +102,18 @@ def _from_tree(tree: dict[str, Any]) -> ReduceResult:
     return ReduceResult(**{**tree, "certificate": certificate, "loo_curve": curve, "notes": tuple(tree["notes"])})
 
 
-def _reduce(config: RunConfig, progress: Progress) -> list[dict[str, Any]]:
+def _reduce(config: RunConfig, ranks: Ranks, progress: Progress) -> list[dict[str, Any]]:
     """Return the fields of each method's result; what ranks tell each other is JSON."""
-    store = RowStore.open(config.layout.features)
+    store, methods = RowStore.open(config.layout.features), config.reduce.methods
     store.require_complete()
-    reader, reduce = FeatureReader(store), config.reduce
+    reader = FeatureReader(store, ranks)
     has_labels = bool(store.manifest.fingerprint["encoding"]["label_words"])
-    num_rows = store.manifest.num_rows
-    settings = [resolve(reduce, method, reader.output, has_labels, num_rows) for method in reduce.methods]
+    settings = [
+        resolve(config.reduce, method, reader.output, has_labels, store.manifest.num_rows) for method in methods
+    ]
     results: dict[Method, dict[str, Any]] = {}
-    with locked(config.layout.path("representers")):
-        jobs = [_Job(config.layout.representers(item.method), item, reader) for item in settings]
+    with locked(config.layout.path("representers")) if ranks.is_main else nullcontext():
+        jobs = _jobs(config, store, settings, ranks)
         for group in _together(jobs):
 
             def report(done: int, total: int, before: int = len(results), size: int = len(group)) -> None:
@@ -115,19 +121,51 @@ def _reduce(config: RunConfig, progress: Progress) -> list[dict[str, Any]]:
 
             results |= _run(group, reader, report)
             report(1, 1)
-    return [results[method] for method in reduce.methods]
+        return ranks.on_main(lambda: [results[method] for method in methods])
 
 
+@dataclass(frozen=True)
 class _Job:
-    """One method: where its representers go, and whether they are there."""
+    """One method: where its representers go, and whether they are there.
 
-    def __init__(self, path: str, settings: Settings, reader: FeatureReader) -> None:
-        self.path, self.settings, self.resolved = path, settings, dataclasses.asdict(settings)
-        self.fingerprint = {"features": reader.store.digest(), "settings": digest(self.resolved)}
-        stored = _stored(path)
-        self.is_other = stored is not None and dict(stored.manifest.fingerprint) != self.fingerprint
-        is_reused = stored is not None and not self.is_other and stored.is_complete
-        self.info = dict(stored.manifest.info) if stored is not None and is_reused else None
+    Attributes:
+        path: its store.
+        settings: its settings.
+        fingerprint: of its store.
+        is_other: whether a store of another fingerprint is there.
+        info: of the store that is there, complete and with this fingerprint.
+    """
+
+    path: str
+    settings: Settings
+    fingerprint: dict[str, str]
+    is_other: bool
+    info: dict[str, Any] | None
+
+
+def _jobs(config: RunConfig, store: RowStore, settings: Sequence[Settings], ranks: Ranks) -> list[_Job]:
+    """Return the methods' jobs as the first rank finds them."""
+    paths = [config.layout.representers(item.method) for item in settings]
+
+    def find() -> list[Any]:
+        data = store.digest()
+        return [
+            _find(path, {"features": data, "settings": digest(dataclasses.asdict(item))})
+            for path, item in zip(paths, settings, strict=True)
+        ]
+
+    found = ranks.on_main(find)
+    return [_Job(path, item, *known) for path, item, known in zip(paths, settings, found, strict=True)]
+
+
+def _find(path: str, fingerprint: dict[str, str]) -> tuple[dict[str, str], bool, dict[str, Any] | None]:
+    """Return the fingerprint, whether a store of another one is there, and `info` of a finished one of this."""
+    try:
+        stored = RowStore.open(path)
+    except StoreNotFoundError:
+        return fingerprint, False, None
+    is_other = dict(stored.manifest.fingerprint) != fingerprint
+    return fingerprint, is_other, dict(stored.manifest.info) if stored.is_complete and not is_other else None
 
 
 def _together(jobs: list[_Job]) -> list[list[_Job]]:
@@ -138,24 +176,12 @@ def _together(jobs: list[_Job]) -> list[list[_Job]]:
 
 def _run(jobs: list[_Job], reader: FeatureReader, progress: Progress) -> dict[Method, dict[str, Any]]:
     """Make the stores of methods that are computed together, or reuse the one of a single method."""
-    started = time.perf_counter()
-    if jobs[0].info is None:
-        return {
-            job.settings.method: _make(job, reader, info, representers, started)
-            for job, (info, representers) in zip(jobs, _compute(jobs, reader, progress), strict=True)
-        }
-    return {job.settings.method: _result(job, job.info, reader, started) for job in jobs if job.info is not None}
-
-
-def _make(
-    job: _Job, reader: FeatureReader, info: dict[str, Any], representers: Representers, started: float
-) -> dict[str, Any]:
-    """Write the store of a method."""
-    info = {**job.resolved, **info}
-    if job.is_other:
-        storage.remove(job.path)  # only now: what is there stays when the new cannot be computed
-    _write(job.path, reader, job.settings, job.fingerprint, info, representers)
-    return _result(job, info, reader, started)
+    started, first = time.perf_counter(), jobs[0]
+    if first.info is not None:
+        return {first.settings.method: _result(first, first.info, reader, started)}
+    if MethodName.parse(first.settings.method).is_semivalue:
+        return reader.ranks.on_main(lambda: _sweep(jobs, reader.alone(), started, progress))
+    return {first.settings.method: _stream(first, reader, started, progress)}
 
 
 def _result(job: _Job, info: dict[str, Any], reader: FeatureReader, started: float) -> dict[str, Any]:
@@ -173,30 +199,26 @@ def _result(job: _Job, info: dict[str, Any], reader: FeatureReader, started: flo
     }
 
 
-def _stored(path: str) -> RowStore | None:
-    """Return the store that is there, of whatever settings."""
-    try:
-        return RowStore.open(path)
-    except StoreNotFoundError:
-        return None
+def _sweep(jobs: list[_Job], reader: FeatureReader, started: float, progress: Progress) -> dict[Method, dict[str, Any]]:
+    """Make the stores of semivalues, by one process."""
+    ridge, curve, notes = choose_ridge(jobs[0].settings, reader)
+    assert ridge is not None
+    results = {}
+    played = play([job.settings for job in jobs], ridge, reader, progress)
+    for job, (measured, representers) in zip(jobs, played, strict=True):
+        info = {"ridge": ridge, "loo_curve": curve, **measured, "notes": notes + measured["notes"]}
+        results[job.settings.method] = _write(job, reader, info, representers, started)
+    return results
 
 
-def _compute(jobs: list[_Job], reader: FeatureReader, progress: Progress) -> list[tuple[dict[str, Any], Representers]]:
-    """Return what to note about each method and its representers."""
-    settings = jobs[0].settings
+def _stream(job: _Job, reader: FeatureReader, started: float, progress: Progress) -> dict[str, Any]:
+    """Make the store of a gradient method, by all ranks."""
+    settings = job.settings
     ridge, curve, notes = choose_ridge(settings, reader)
-    info: dict[str, Any] = {"ridge": ridge, "loo_curve": curve}
-    if MethodName.parse(settings.method).is_semivalue:
-        assert ridge is not None
-        played = play([job.settings for job in jobs], ridge, reader, progress)
-        return [
-            ({**info, **measured, "notes": notes + measured["notes"]}, representers)
-            for measured, representers in played
-        ]
     if settings.method == "trak" and reader.output == "loss":
         notes.append("on features of loss, trak equals influence: the gradient already carries the factor 1 - p")
     representers = _score(_scorer(settings, ridge, reader), settings, reader, progress)
-    return [({**info, "notes": notes}, representers)]
+    return _write(job, reader, {"ridge": ridge, "loo_curve": curve, "notes": notes}, representers, started)
 
 
 def _scorer(settings: Settings, ridge: float | None, reader: FeatureReader) -> Scorer[Any]:
@@ -212,47 +234,68 @@ def _scorer(settings: Settings, ridge: float | None, reader: FeatureReader) -> S
 
 def _score(scorer: Scorer[Any], settings: Settings, reader: FeatureReader, progress: Progress) -> Representers:
     state = scorer.init(reader.features(settings))
-    log_odds, num_rows = reader.log_odds, reader.manifest.num_rows
+    num_mine = len(reader.shards)
 
     def representers() -> Iterator[tuple[int, Float[np.ndarray, "m c p"]]]:
-        for start, rows in reader.blocks(settings):
-            stop = start + len(rows)
-            yield start, scorer.compute(state, rows[:, 0], log_odds[start:stop])[:, None]
-            progress(stop, num_rows)
+        for done, (start, rows) in enumerate(reader.blocks(settings), start=1):
+            log_odds = reader.store.column("log_odds", start, start + len(rows))
+            yield start, scorer.compute(state, rows[:, 0], log_odds)[:, None]
+            progress(done, num_mine)
 
     return representers
 
 
 def _write(
-    path: str,
-    reader: FeatureReader,
-    settings: Settings,
-    fingerprint: dict[str, str],
-    info: dict[str, Any],
-    representers: Representers,
-) -> None:
-    """Write shards that are not there yet; the last one is committed after the vectors, so complete means all."""
-    features = reader.manifest
+    job: _Job, reader: FeatureReader, info: dict[str, Any], representers: Representers, started: float
+) -> dict[str, Any]:
+    """Write shards that are not there yet, each rank its own; return the fields of the method's result.
+
+    The last one is committed after the vectors, so complete means all.
+    """
+    info, ranks, center = {**dataclasses.asdict(job.settings), **info}, reader.ranks, reader.center(job.settings)
+    pending = ranks.on_main(lambda: _create(job, reader.manifest, info))
+    store, todo, last = RowStore.open(job.path, made_by=MADE_BY, read_only=False), set(pending[:-1]), pending[-1]
+    held: list[np.ndarray] = []
+
+    def write() -> Float[np.ndarray, "c p"]:
+        total = np.zeros(center.shape)
+        for start, rows in representers():
+            shard = start // reader.manifest.shard_size
+            total += rows.sum(axis=0, dtype=np.float64)
+            if shard == last:
+                held.append(rows)
+            elif shard in todo:
+                store.write_shard(shard, rows, {})
+        return total
+
+    total = ranks.total(write)
+
+    def write_vectors() -> None:
+        store.write_vector("mean", center)
+        store.write_vector("total", total.astype(np.float32))
+
+    ranks.on_main(write_vectors)
+
+    def write_last() -> None:
+        for rows in held:
+            store.write_shard(last, rows, {})
+
+    ranks.together(write_last)
+    return _result(job, info, reader, started)
+
+
+def _create(job: _Job, features: Manifest, info: dict[str, Any]) -> list[int]:
+    """Make the store of a method, or resume it; return its pending shards."""
+    if job.is_other:
+        storage.remove(job.path)  # only now: what is there stays when the new cannot be computed
     manifest = Manifest(
         kind="representers",
         num_rows=features.num_rows,
         num_outputs=features.num_outputs,
         dim=features.dim,
-        dtype=settings.dtype,
+        dtype=job.settings.dtype,
         shard_size=features.shard_size,
-        fingerprint=fingerprint,
+        fingerprint=job.fingerprint,
         info=info,
     )
-    store = RowStore.create(path, manifest)
-    store.write_vector("mean", reader.center(settings))
-    pending = store.pending()
-    total = np.zeros((features.num_outputs, features.dim))
-    for start, rows in representers():
-        shard = start // features.shard_size
-        total += rows.sum(axis=0, dtype=np.float64)
-        if shard == pending[-1]:
-            held = rows
-        elif shard in pending:
-            store.write_shard(shard, rows, {})
-    store.write_vector("total", total.astype(np.float32))
-    store.write_shard(pending[-1], held, {})
+    return RowStore.create(job.path, manifest).pending()

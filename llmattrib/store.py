@@ -280,27 +280,22 @@ class RowStore:
                 part *= self._decode(self._columns, shard, first, last)[:, :1, None]
         return out
 
-    def blocks(self, max_rows: int | None = None) -> Iterator[tuple[int, Float[np.ndarray, "m c p"]]]:
-        """Yield (first row, rows) over the whole store in order, at most `max_rows` (default: a shard) at a time.
+    def blocks(self, shards: Sequence[int] | None = None) -> Iterator[tuple[int, Float[np.ndarray, "m c p"]]]:
+        """Yield (first row, rows) of some shards, by default of all in order.
 
-        The next block is read in the background while the caller works on this one: two are in memory.
+        The next shard is read in the background while the caller works on this one: two are in memory.
         """
-        step = max_rows or self.manifest.shard_size
-        starts = range(0, self.manifest.num_rows, step)
-
-        def read(start: int) -> Float[np.ndarray, "m c p"]:
-            return self.read(start, min(start + step, self.manifest.num_rows))
-
+        ranges = [self.shard_range(shard) for shard in (range(self.num_shards) if shards is None else shards)]
         with ThreadPoolExecutor(1) as reader:
-            following = reader.submit(read, 0)
-            for start in starts:
+            following = reader.submit(self.read, *ranges[0]) if ranges else None
+            for place, (start, _) in enumerate(ranges, start=1):
+                assert following is not None
                 block = following.result()
-                if start + step < self.manifest.num_rows:
-                    following = reader.submit(read, start + step)
+                following = reader.submit(self.read, *ranges[place]) if place < len(ranges) else None
                 yield start, block
 
-    def column(self, name: str) -> Float[np.ndarray, " n"]:
-        """Return a scalar column, or `scale`, for all rows.
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> Float[np.ndarray, " m"]:
+        """Return a scalar column, or `scale`, of rows [start, stop), by default of all.
 
         Raises:
             StoreError: there is no such column.
@@ -309,9 +304,10 @@ class RowStore:
         names = (SCALE, *self.manifest.columns)
         if name not in names:
             raise StoreError(f"{self.path} has no column {name!r}", expected=f"one of {', '.join(names)}")
-        pieces = list(self._pieces(0, self.manifest.num_rows))
+        stop = self.manifest.num_rows if stop is None else stop
+        pieces = list(self._pieces(start, stop))
         try:  # all files at once; one by one only to find the bad one
-            whole = np.asarray(self._columns[...])
+            whole = np.asarray(self._columns[start:stop])
         except ValueError:
             whole = np.full((1, len(names)), np.nan, np.float32)
         if np.isnan(whole[:, 0]).any():

@@ -35,6 +35,7 @@ def test_one_process_needs_no_launcher(monkeypatch):
     assert alone.together(lambda: 3) == 3
     array = np.ones((2, 2))
     assert alone.sum(array) is array
+    assert alone.total(lambda: array) is array
     alone.barrier()
     with pytest.raises(ZeroDivisionError):
         alone.on_main(lambda: 1 / 0)
@@ -64,10 +65,11 @@ import numpy as np
 from pathlib import Path
 from llmattrib.distributed import ranks
 team = ranks()
-shapes = [(), (3,), (2, 3, 4)]
+shapes = [(), (3,), (2, 3, 4), (0,)]
 sums = [team.sum(np.full(shape, team.rank + 0.5)).tolist() for shape in shapes]
 own = np.arange(2, dtype=np.float32)
 team.sum(own)
+long = np.random.default_rng(team.rank).standard_normal((3, 100_001))
 found = {
     "place": [team.rank, team.world_size, team.is_main],
     "gather": team.gather({"rank": team.rank, "text": "é" * (1 + 5000 * team.rank), "none": None}),
@@ -76,11 +78,13 @@ found = {
     "share": list(team.share(range(5))),
     "sums": sums,
     "own": own.tolist(),
+    "long": team.total(lambda: long)[:, ::50_000].tolist(),
+    "nested": team.together(lambda: team.on_main(lambda: team.rank + 7)),
 }
 team.barrier()
 Path(sys.argv[1], f"{team.rank}.json").write_text(json.dumps(found))
 if sys.argv[2] == "rank 1 fails":
-    team.together(lambda: 1 // (1 - team.rank))
+    team.together(lambda: 1 // 0 if team.rank else team.total(lambda: own))
 """
 
 
@@ -96,8 +100,11 @@ def test_two_processes_agree_and_fail_together(tmp_path):
         assert one["main"] == [0, 1.1]
         assert one["together"] == rank
         assert one["share"] == list(range(rank, 5, 2))
-        assert one["sums"] == [np.full(shape, 2.0).tolist() for shape in [(), (3,), (2, 3, 4)]]
+        assert one["sums"] == [np.full(shape, 2.0).tolist() for shape in [(), (3,), (2, 3, 4), (0,)]]
         assert one["own"] == [0, 1]
+        long = [np.random.default_rng(rank).standard_normal((3, 100_001)) for rank in (0, 1)]
+        assert one["long"] == (long[0] + long[1])[:, ::50_000].tolist()
+        assert one["nested"] == 7
     assert ended.returncode != 0
     assert ended.stderr.count("ZeroDivisionError") == 1
     assert EXIT_CODE == 2

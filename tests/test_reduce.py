@@ -5,10 +5,9 @@ from typing import Any
 import numpy as np
 import oracles
 import pytest
-from test_distributed import launch
 
 from llmattrib import reduce as reduce_module
-from llmattrib.config import ReduceConfig, RunConfig, config_to_yaml, validate_config
+from llmattrib.config import ReduceConfig, RunConfig, validate_config
 from llmattrib.errors import (
     CorruptShardError,
     IncompleteStoreError,
@@ -359,21 +358,6 @@ def test_killed_reduce_is_finished_to_the_same_bytes(tmp_path, method, monkeypat
     (result,) = reduce_run(config)
     assert not result.is_reused
     assert files_of(config.layout.representers(method)) == whole
-
-
-@pytest.mark.distributed
-def test_two_processes_give_the_bytes_of_one(tmp_path):
-    config = make_run(tmp_path, methods=["influence", "shapley"])
-    write_features(config, draw(20, 5))
-    reduce_run(config)
-    alone = {method: files_of(config.layout.representers(method)) for method in config.reduce.methods}
-    reduce_module.storage.remove(config.layout.path("representers"))
-    path = tmp_path / "run.yaml"
-    path.write_text(config_to_yaml(config))
-    ended = launch("launch/reduce.py", path)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("sum-rule error") == 1
-    assert alone == {method: files_of(config.layout.representers(method)) for method in config.reduce.methods}
 
 
 def test_progress_rises_to_its_end(tmp_path):

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -107,12 +108,40 @@ def test_rows_come_back(any_path, dtype, shard_size):
     assert read.verify() == []
 
 
-@pytest.mark.parametrize("max_rows", [None, 1, 4, 6, 7, 100])
-def test_blocks_cover_all_rows_once_in_order(path, max_rows):
+def test_blocks_cover_all_rows_once_in_order(path):
     store = fill(RowStore.create(path, manifest()))
-    blocks = list(store.blocks(max_rows))
-    assert [start for start, _ in blocks] == list(range(0, 22, max_rows or 6))
+    blocks = list(store.blocks())
+    assert [start for start, _ in blocks] == [0, 6, 12, 18]
     np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), store.read(0, 22))
+
+
+def test_blocks_of_some_shards_read_no_other(path):
+    store = fill(RowStore.create(path, manifest()), [1, 3])
+    blocks = list(store.blocks([3, 1]))
+    assert [start for start, _ in blocks] == [18, 6]
+    np.testing.assert_array_equal(blocks[0][1], store.read(18, 22))
+    assert list(store.blocks([])) == []
+    np.testing.assert_array_equal(store.column("norm", 7, 12), np.asarray(store._columns)[7:12, 1])
+
+
+def test_one_shard_is_read_ahead(path, monkeypatch):
+    store = fill(RowStore.create(path, manifest()))
+    asked, is_read, read = [], threading.Event(), RowStore.read
+
+    def reading(self, start, stop):
+        asked.append(start)
+        rows = read(self, start, stop)
+        if start == 6:
+            is_read.set()
+        return rows
+
+    monkeypatch.setattr(RowStore, "read", reading)
+    blocks = store.blocks()
+    assert next(blocks)[0] == 0
+    assert is_read.wait(10), "while the caller has the first"
+    time.sleep(0.05)
+    assert asked == [0, 6]
+    blocks.close()
 
 
 def test_rows_read_and_written_again_are_the_same_bytes(tmp_path):

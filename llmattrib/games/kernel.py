@@ -25,8 +25,16 @@ from llmattrib.games.memory import require_memory
 Blocks = Callable[[], Iterator[tuple[int, Float[np.ndarray, "m p"]]]]
 """Called for a fresh pass over (first row, rows)."""
 
+Total = Callable[[Callable[[], np.ndarray]], np.ndarray]
+"""Adds up what each of several processes makes of its own rows; every process gets the sum."""
+
 LOO_GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Relative ridges that leave-one-out chooses from."""
+
+
+def alone(part: Callable[[], np.ndarray]) -> np.ndarray:
+    """Be the `Total` of a process that has all rows."""
+    return part()
 
 
 def array_blocks(rows: Float[np.ndarray, "n p"], max_rows: int = 1024) -> Blocks:
@@ -39,16 +47,20 @@ def array_blocks(rows: Float[np.ndarray, "n p"], max_rows: int = 1024) -> Blocks
     return blocks
 
 
-def form_gram(blocks: Blocks, dim: int) -> Float[np.ndarray, "p p"]:
-    """Return Phi^T Phi in float64; the one place where rows sharded over ranks would be summed.
+def form_gram(blocks: Blocks, dim: int, total: Total = alone) -> Float[np.ndarray, "p p"]:
+    """Return Phi^T Phi in float64, of the rows of all processes.
 
     A float32 Gram would put errors of 6e-8 |Phi|^2 beside lam, which is 1e-7 |Phi|^2 at ridge 0.01 and n = 100,000.
     """
-    gram = np.zeros((dim, dim))
-    for _, rows in blocks():
-        wide = rows.astype(np.float64)
-        gram += wide.T @ wide
-    return gram
+
+    def part() -> Float[np.ndarray, "p p"]:
+        gram = np.zeros((dim, dim))
+        for _, rows in blocks():
+            wide = rows.astype(np.float64)
+            gram += wide.T @ wide
+        return gram
+
+    return total(part)
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,11 @@ def mean_square(features: Float[np.ndarray, "n p"]) -> float:
 
 
 def leave_one_out_errors(
-    blocks: Blocks, responses: Float[np.ndarray, "n c"], gram: Float[np.ndarray, "p p"], ridges: Sequence[float]
+    blocks: Blocks,
+    responses: Float[np.ndarray, "n c"],
+    gram: Float[np.ndarray, "p p"],
+    ridges: Sequence[float],
+    total: Total = alone,
 ) -> list[float]:
     """Return the mean squared leave-one-out residual at each absolute ridge, in closed form.
 
@@ -95,29 +111,38 @@ def leave_one_out_errors(
     passes over the rows.
 
     Args:
-        blocks: the rows of Phi.
-        responses: [n, c].
-        gram: Phi^T Phi.
+        blocks: the rows of Phi that this process has.
+        responses: [n, c], of all rows.
+        gram: Phi^T Phi, of all rows.
         ridges: absolute values of lam.
+        total: adds up over processes.
 
     Returns:
         One mean over players and responses for each ridge.
     """
     values, vectors = np.linalg.eigh(gram)
     values = np.maximum(values, 0.0)
-    target = np.zeros((len(gram), responses.shape[1]))
-    for start, rows in blocks():
-        target += rows.T.astype(np.float64) @ responses[start : start + len(rows)]
-    target = vectors.T @ target
-    totals = np.zeros(len(ridges))
-    for start, rows in blocks():
-        turned = rows.astype(np.float64) @ vectors
-        wanted = responses[start : start + len(rows)]
-        for index, lam in enumerate(ridges):
-            leverage = turned**2 @ (1 / (values + lam))
-            residual = wanted - turned @ (target / (values + lam)[:, None])
-            totals[index] += np.sum((residual / (1 - leverage)[:, None]) ** 2)
-    return [float(total / responses.size) for total in totals]
+
+    def moments() -> Float[np.ndarray, "p c"]:
+        sums = np.zeros((len(gram), responses.shape[1]))
+        for start, rows in blocks():
+            sums += rows.T.astype(np.float64) @ responses[start : start + len(rows)]
+        return sums
+
+    target = vectors.T @ total(moments)
+
+    def errors() -> Float[np.ndarray, " r"]:
+        sums = np.zeros(len(ridges))
+        for start, rows in blocks():
+            turned = rows.astype(np.float64) @ vectors
+            wanted = responses[start : start + len(rows)]
+            for index, lam in enumerate(ridges):
+                leverage = turned**2 @ (1 / (values + lam))
+                residual = wanted - turned @ (target / (values + lam)[:, None])
+                sums[index] += np.sum((residual / (1 - leverage)[:, None]) ** 2)
+        return sums
+
+    return [float(error / responses.size) for error in total(errors)]
 
 
 @dataclass(frozen=True)
@@ -125,16 +150,18 @@ class FeatureRows:
     """Features that are read block by block; what several methods need of them is computed once.
 
     Attributes:
-        blocks: a pass over the rows, float32.
-        num_rows: n.
+        blocks: a pass over the rows that this process has, float32.
+        num_rows: n, of all processes.
         dim: p.
         max_bytes: memory allowed to one array; what is available when None.
+        total: adds up over processes; then all of them ask for the same, in the same order.
     """
 
     blocks: Blocks
     num_rows: int
     dim: int
     max_bytes: int | None = None
+    total: Total = alone
 
     @cached_property
     def space(self) -> RowSpace:
@@ -150,10 +177,14 @@ class FeatureRows:
             "use a smaller features.sketch.dim, or a machine with more memory",
             self.max_bytes,
         )
-        rows = np.empty((self.num_rows, self.dim))
-        for start, block in self.blocks():
-            rows[start : start + len(block)] = block
-        return row_space(rows)
+
+        def part() -> Float[np.ndarray, "n p"]:
+            rows = np.zeros((self.num_rows, self.dim))
+            for start, block in self.blocks():
+                rows[start : start + len(block)] = block
+            return rows
+
+        return row_space(self.total(part))
 
     @property
     def is_wide(self) -> bool:
@@ -176,7 +207,7 @@ class FeatureRows:
             return np.asarray(self.space.coordinates.T @ self.space.coordinates)
         fix = "use a smaller features.sketch.dim, or a machine with more memory"
         require_memory(24 * self.dim**2, f"the Gram matrix of {self.dim} features", fix, self.max_bytes)
-        return form_gram(self.blocks, self.dim)
+        return form_gram(self.blocks, self.dim, self.total)
 
     @property
     def mean_square(self) -> float:
@@ -185,8 +216,9 @@ class FeatureRows:
 
     def leave_one_out_errors(self, responses: Float[np.ndarray, "n c"], ridges: Sequence[float]) -> list[float]:
         """Return the mean squared leave-one-out residual at each absolute ridge; see the function of that name."""
-        blocks = array_blocks(self.space.coordinates) if self.is_wide else self.blocks
-        return leave_one_out_errors(blocks, responses, self.gram, ridges)
+        if self.is_wide:
+            return leave_one_out_errors(array_blocks(self.space.coordinates), responses, self.gram, ridges)
+        return leave_one_out_errors(self.blocks, responses, self.gram, ridges, self.total)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,132 @@
+"""Memory and time of `reduce` over a synthetic feature store, by one process and by two.
+
+    python -m benchmarks.reduce [--rows 200000] [--dim 512] [--methods influence,trak]
+
+Rows are normal with a decaying spectrum, stored in float16. Each line is one job under the real launcher, one thread a
+process: peak resident memory (VmHWM), what importing alone took of it, and CPU seconds of each process. A quarter of
+the rows shows what depends on their number. Representers of one and of two processes are compared. Writes
+benchmarks/results/reduce.json.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmattrib.config import RunConfig, validate_config
+from llmattrib.manifest import Manifest
+from llmattrib.rng import stream
+from llmattrib.store import RowStore
+
+ROOT = Path(__file__).parents[1]
+RESULT = Path(__file__).parent / "results" / "reduce.json"
+SHARD_SIZE = 1024
+COLUMNS = ("norm", "loss", "log_odds", "label")
+
+
+def run_of(folder: Path, methods: list[str]) -> RunConfig:
+    """A run of which only the features are there."""
+    tree = {"run_dir": str(folder), "model": {"name": "none"}, "data": {"train": "none"}}
+    return validate_config({**tree, "reduce": {"methods": methods, "form": "cavity"}})
+
+
+def write_features(config: RunConfig, num_rows: int, dim: int) -> None:
+    """Write the synthetic store, a shard at a time."""
+    fingerprint = {"features": {"output": "log_odds"}, "encoding": {"label_words": []}}
+    manifest = Manifest("features", num_rows, 1, dim, "float16", SHARD_SIZE, COLUMNS, fingerprint, {})
+    store = RowStore.create(config.layout.features, manifest)
+    spectrum = 1 / np.sqrt(1 + np.arange(dim, dtype=np.float32))
+    for shard in store.pending():
+        start, stop = store.shard_range(shard)
+        rng = stream(0, "benchmark", "reduce", str(shard))
+        rows = rng.standard_normal((stop - start, 1, dim), np.float32) * spectrum
+        store.write_shard(shard, rows, {name: rng.standard_normal(stop - start, np.float32) for name in COLUMNS})
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def work(folder: Path, methods: list[str]) -> None:
+    """Reduce as one rank of a job, and leave its figures beside the run."""
+    from llmattrib.distributed import ranks
+    from llmattrib.reduce import reduce_run
+
+    team = ranks()
+    imported, cpu, wall = peak_bytes(), time.process_time(), time.perf_counter()
+    reduce_run(run_of(folder, methods), team)
+    figures = {
+        "peak_bytes": peak_bytes(),
+        "imported_bytes": imported,
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "wall_seconds": round(time.perf_counter() - wall, 1),
+    }
+    (folder / f"rank{team.rank}.json").write_text(json.dumps(figures))
+
+
+def measure(folder: Path, methods: list[str], num_processes: int) -> dict[str, Any]:
+    """Run one job from the start."""
+    shutil.rmtree(folder / "representers", ignore_errors=True)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch/cpu.yaml")]
+    command += ["--num_processes", str(num_processes), str(Path(__file__)), "--work", str(folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    load = os.getloadavg()[0]
+    subprocess.run([*command, "--methods", ",".join(methods)], check=True, cwd=ROOT, env=env)
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_processes)]
+    return {"processes": num_processes, "methods": methods, "load_before": round(load, 1), "ranks": ranks}
+
+
+def difference(first: Path, second: Path) -> float:
+    """Return the largest difference of two stores over their largest entry."""
+    largest, apart = 0.0, 0.0
+    one, other = RowStore.open(str(first)), RowStore.open(str(second))
+    for (_, rows), (_, others) in zip(one.blocks(), other.blocks(), strict=True):
+        largest = max(largest, float(np.abs(rows).max()))
+        apart = max(apart, float(np.abs(rows - others).max()))
+    return apart / largest
+
+
+def main() -> None:
+    """Run the benchmark and write its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--methods", default="influence,trak")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    methods = arguments.methods.split(",")
+    if arguments.work:
+        work(arguments.work, methods)
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        for num_rows in (arguments.rows // 4, arguments.rows):
+            folder = Path(name) / str(num_rows)
+            config = run_of(folder, methods)
+            write_features(config, num_rows, arguments.dim)
+            kept = folder / "alone"
+            for num_processes in (1, 2):
+                row = {"rows": num_rows, **measure(folder, methods, num_processes)}
+                if num_processes == 1:
+                    shutil.move(folder / "representers", kept)
+                else:
+                    here = Path(config.layout.representers(methods[0]))
+                    row["relative_difference"] = difference(kept / here.name, here)
+                rows.append(row)
+            shutil.rmtree(folder)
+    RESULT.write_text(json.dumps({"dim": arguments.dim, "shard_size": SHARD_SIZE, "runs": rows}, indent=2) + "\n")
+    print(RESULT.read_text())
+
+
+if __name__ == "__main__":
+    main()
