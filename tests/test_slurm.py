@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from slurm_cluster import Cluster, missing, until
 from test_build import contents
-from tiny import tiny_run
+from tiny import tiny_adapter_dir, tiny_run
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -120,6 +120,12 @@ def test_train_is_for_runs_without_an_adapter_and_cpu_nodes_have_one_process_eac
     assert jobs[1].environment["PROCESSES_PER_NODE"] == "1"
     own = run_of(tmp_path, model={"name": config.model.name, "adapters": ["mine"]})
     assert [job.stage for job in slurm.plan_jobs(own, "c.yaml")] == ["build", "reduce", "index"]
+
+
+def test_a_time_that_yaml_reads_as_a_number_is_refused(path: str) -> None:
+    result = llmattrib("submit", path, "slurm.time=4:00:00", "--dry-run")
+    assert result.exit_code == 2
+    assert "slurm.time: Input should be a valid string (found 14400)" in " ".join(result.stderr.split())
 
 
 def test_logs_need_a_local_run_dir(tmp_path: Path) -> None:
@@ -300,6 +306,20 @@ def test_a_chain_that_loses_a_node_and_is_warned_ends_with_the_bytes_of_a_local_
     build_features(local)
     assert contents(config.layout.features) == contents(local.layout.features)
     assert not Path(config.layout.features + ".lock").exists()
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_wait_ends_well_with_an_adapter_of_ones_own_on_one_node(on_cluster: Cluster, tmp_path: Path) -> None:
+    config = run_of(tmp_path, slurm={"gpus_per_node": 0}, reduce={"methods": ["grad_dot"]})
+    adapter = tiny_adapter_dir(tmp_path, config.model.name)
+    overrides = (f"model.adapters=[{adapter}]", "features.linearisation=trained")
+    result = llmattrib("submit", write_config(config, tmp_path), *overrides, "--wait")
+    assert result.exit_code == 0, result.output
+    ended = re.findall(r"^(\w+) \d+: COMPLETED$", result.stdout, re.MULTILINE)
+    assert ended == ["build", "reduce", "index"]
+    assert Path(config.layout.index("grad_dot")).exists()
+    assert "linearisation: trained" in Path(config.layout.config).read_text()
 
 
 @pytest.mark.slurm
