@@ -24,7 +24,21 @@ from llmattrib.hits import Hit, Hits
 from llmattrib.methods import GRADIENT_METHODS, SEMIVALUE_FORMS
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("submit", "status", "train", "build", "reduce", "index", "run", "query", "profile", "values", "methods", "demo", "evaluate")
+COMMANDS = (
+    "submit",
+    "status",
+    "train",
+    "build",
+    "reduce",
+    "index",
+    "run",
+    "query",
+    "profile",
+    "values",
+    "methods",
+    "demo",
+    "evaluate",
+)
 
 
 def llmattrib(*arguments: str) -> Any:
