@@ -37,6 +37,7 @@ COMMANDS = (
     "values",
     "methods",
     "demo",
+    "verify",
     "evaluate",
 )
 
