@@ -120,9 +120,9 @@ class Cluster:
         """State of a job, as squeue spells it."""
         return self.run("squeue", "-h", "--states=all", f"--jobs={job}", "-o%T").strip()
 
-    def processes(self, job: str, node: int) -> list[int]:
-        """Processes that a job's step runs on a node, known by their environment."""
-        wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_NODEID={node}".encode(), b"SLURM_STEP_ID=0"}
+    def processes(self, job: str, *more: str) -> list[int]:
+        """Processes of a job, known by their environment; `more` are variables that they have besides."""
+        wanted = {item.encode() for item in (f"SLURM_CONF={self._conf}", f"SLURM_JOB_ID={job}", *more)}
         return [pid for pid, environment in self._environments() if wanted <= environment]
 
     def kill_node(self, node: str, job: str) -> None:
@@ -130,7 +130,7 @@ class Cluster:
         daemon = self._daemons.pop(f"slurmd-{node}")
         daemon.kill()
         daemon.wait()
-        for pid in self.processes(job, NODES.index(node)):
+        for pid in self.processes(job, f"SLURM_NODEID={NODES.index(node)}", "SLURM_STEP_ID=0"):
             _kill(pid)
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 

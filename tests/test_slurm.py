@@ -265,6 +265,7 @@ def requeued(cluster: Cluster, number: str, log: str) -> None:
         return cluster.run("scontrol", "show", "job", number) + Path(log).read_text() + cluster.logs()
 
     until(lambda: cluster.state(number) == "PENDING", 60, what)
+    until(lambda: not cluster.processes(number), 60, what)  # an old srun would end the new step, of the same number
     cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")
 
 
