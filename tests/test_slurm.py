@@ -259,14 +259,18 @@ def committed(config: RunConfig) -> int:
 
 
 def requeued(cluster: Cluster, number: str, log: str) -> None:
-    """Wait until a job is in the queue again, and have it start at once."""
+    """Wait until a job is in the queue again, and have it start soon; Slurm alone would let minutes pass.
+
+    Not at once: an srun of before would end the new step, which has the same number, and a node refuses what was
+    signed in the second in which it ended the job.
+    """
 
     def what() -> str:
         return cluster.run("scontrol", "show", "job", number) + Path(log).read_text() + cluster.logs()
 
     until(lambda: cluster.state(number) == "PENDING", 60, what)
-    until(lambda: not cluster.processes(number), 60, what)  # an old srun would end the new step, of the same number
-    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+    until(lambda: not cluster.processes(number), 60, what)
+    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now+3")
 
 
 @pytest.mark.slurm
