@@ -2,7 +2,8 @@
 
 The first rank checks that the store fits the settings (or creates it, with a sketch planned on a sample) and hands
 out the shards that are not there yet; ranks then work alone. Batches are formed within a shard, so a row's bytes
-depend neither on the number of ranks nor on where an earlier run was stopped. Under a launcher a rank that fails ends
+depend neither on the number of ranks nor on where an earlier run was stopped. Data that has grown at its end extends
+the store (append.py), with the sketch that was planned on the first examples. Under a launcher a rank that fails ends
 the job; committed shards are kept, and a rerun computes the others. A signal to stop (signals.py) to any rank lets
 every rank finish the shard it is at.
 """
@@ -18,10 +19,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from llmattrib.append import content_fingerprint, extend
 from llmattrib.config import RunConfig, config_to_yaml
-from llmattrib.data import Example, data_fingerprint, load_examples, save_examples
+from llmattrib.data import Example, load_examples, save_examples
 from llmattrib.distributed import Ranks
-from llmattrib.encoding import Encoded, EncodedSet, encode_all, encoded_fingerprint, label_token_ids, length_batches
+from llmattrib.encoding import Encoded, EncodedSet, encode_all, label_token_ids, length_batches
 from llmattrib.errors import (
     ModelNotFoundError,
     NonFiniteGradientError,
@@ -50,6 +52,7 @@ class BuildResult:
     Attributes:
         path: the store.
         num_examples: rows in it.
+        num_appended: of these, rows that this run added to a store that was there, as the data had grown.
         num_tokens: tokens of all examples.
         num_truncated: examples whose prompt was cut to fit.
         num_skipped: examples left out because they did not fit.
@@ -60,6 +63,7 @@ class BuildResult:
 
     path: str
     num_examples: int
+    num_appended: int
     num_tokens: int
     num_truncated: int
     num_skipped: int
@@ -177,6 +181,8 @@ def _absolute(name: str) -> str:
 def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Progress = silent) -> BuildResult:
     """Compute the features of all training examples into `config.layout.features`; go on where a run stopped.
 
+    When the data has grown at its end since, full shards are kept and only what is new is computed.
+
     Args:
         config: the run.
         ranks: the processes of the job; called by all of them. One process by default.
@@ -188,7 +194,7 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
     Raises:
         DataError: the examples cannot be used.
         ModelError: base model or adapter is missing or does not fit.
-        FingerprintMismatchError: a store of other settings is there.
+        FingerprintMismatchError: a store of other settings is there, or an old example was changed or removed.
         StoreLockedError: another build writes it now.
         DiskSpaceError: it would not fit on the disk.
         NonFiniteGradientError: an example's gradient is NaN or infinite.
@@ -201,7 +207,7 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
     with ExitStack() as held:
         ranks.together(lambda: held.enter_context(locked(path)) if ranks.is_main else None)
         extractor, encoded = ranks.together(lambda: _load(config))
-        todo = ranks.on_main(lambda: _prepare(config, extractor, encoded))
+        todo, num_appended = ranks.on_main(lambda: _prepare(config, extractor, encoded))
         store = RowStore.open(path, read_only=False)
         with deferred() as is_asked:
             done = _write(config, extractor, encoded, store, ranks, todo, progress, lambda: ranks.is_any(is_asked()))
@@ -211,6 +217,7 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
     return BuildResult(
         path=path,
         num_examples=len(encoded.encoded),
+        num_appended=num_appended,
         num_tokens=sum(map(len, encoded.encoded)),
         num_truncated=encoded.num_truncated,
         num_skipped=encoded.num_skipped,
@@ -226,17 +233,25 @@ def _load(config: RunConfig) -> tuple[Extractor, EncodedSet]:
     return extractor, encode_examples(config, extractor, examples)
 
 
-def _prepare(config: RunConfig, extractor: Extractor, encoded: EncodedSet) -> list[int]:
-    """Create or check the store and save what belongs to it; return the shards to compute. First rank only."""
-    path = config.layout.features
+def _prepare(config: RunConfig, extractor: Extractor, encoded: EncodedSet) -> tuple[list[int], int]:
+    """Create, check or extend the store and save what belongs to it. First rank only.
+
+    Returns:
+        The shards to compute, and how many rows were added to a store that was there.
+    """
+    path, num_appended = config.layout.features, 0
     try:
-        plan = SketchPlan.from_json(dict(RowStore.open(path).manifest.info["sketch_plan"]))
+        stored = RowStore.open(path, read_only=False)
     except StoreNotFoundError:
-        plan = _plan(config, extractor, encoded.encoded)
-    store = RowStore.create(path, _manifest(config, extractor, encoded, plan))
+        manifest = _manifest(config, extractor, encoded, _plan(config, extractor, encoded.encoded))
+    else:
+        plan = SketchPlan.from_json(dict(stored.manifest.info["sketch_plan"]))
+        manifest = _manifest(config, extractor, encoded, plan)
+        num_appended = extend(stored, manifest, encoded, config.layout.examples)
+    store = RowStore.create(path, manifest)
     save_examples(encoded.examples, config.layout.examples)
     atomic_write(config.layout.config, config_to_yaml(resolved_config(config)).encode())
-    return store.pending()
+    return store.pending(), num_appended
 
 
 def _plan(config: RunConfig, extractor: Extractor, encoded: Sequence[Encoded]) -> SketchPlan:
@@ -246,7 +261,7 @@ def _plan(config: RunConfig, extractor: Extractor, encoded: Sequence[Encoded]) -
 
 
 def _manifest(config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan: SketchPlan) -> Manifest:
-    data = {"examples": data_fingerprint(encoded.examples), "tokens": encoded_fingerprint(encoded.encoded)}
+    data = content_fingerprint(encoded.examples, encoded.encoded)
     return Manifest(
         kind="features",
         num_rows=len(encoded.encoded),
@@ -258,6 +273,7 @@ def _manifest(config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan
         fingerprint={**model_fingerprint(config, extractor), "data": data},
         info={
             "sketch_plan": plan.to_json(),
+            "sketch_rows": len(encoded.encoded),
             "label_ids": list(extractor.label_ids),
             "num_truncated": encoded.num_truncated,
             "num_skipped": encoded.num_skipped,
