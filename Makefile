@@ -16,11 +16,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := 2.13.0
 export DS_BUILD_OPS ?= 0
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test torture lint bench clean
 
 help:
 	@echo "make demo     install, then trace the answers of a real fine-tuned model (about six minutes on two cores)"
 	@echo "make test     install, then run every test"
+	@echo "make torture  install, then kill 200 builds (ROUNDS=...) at random times and compare every byte"
 	@echo "make lint     install, then ruff, mypy and the import layers"
 	@echo "make bench    install, then every script of benchmarks/"
 	@echo "make install  the virtual environment $(VENV) alone"
@@ -60,6 +61,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+torture: install
+	LLMATTRIB_TORTURE_ROUNDS=$(or $(ROUNDS),200) $(BIN)/python -m pytest tests/test_faults.py
 
 lint: install
 	$(BIN)/ruff check .

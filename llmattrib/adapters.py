@@ -141,5 +141,6 @@ def _adapter_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def _widths(module: Any) -> tuple[int, int] | None:
     """Return (d_in, d_out) of a linear layer."""
     if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
+        d_in, d_out = getattr(module.weight, "ds_shape", module.weight.shape)  # as a whole, under ZeRO-3
+        return int(d_in), int(d_out)
     return (int(module.in_features), int(module.out_features)) if hasattr(module, "in_features") else None

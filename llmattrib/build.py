@@ -6,12 +6,16 @@ depend neither on the number of ranks nor on where an earlier run was stopped. D
 the store (append.py), with the sketch that was planned on the first examples. Under a launcher a rank that fails ends
 the job; committed shards are kept, and a rerun computes the others. A signal to stop (signals.py) to any rank lets
 every rank finish the shard it is at.
+
+Ranks that share the model's weights (ZeRO-3) go in rounds of one shard each: who has fewer batches, or no shard left,
+runs padding batches whose features are thrown away.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,12 +26,14 @@ from jaxtyping import Float
 from llmattrib.append import content_fingerprint, extend
 from llmattrib.config import RunConfig, config_to_yaml
 from llmattrib.data import Example, load_examples, save_examples
-from llmattrib.distributed import Ranks
+from llmattrib.distributed import Ranks, Sharding
 from llmattrib.encoding import Encoded, EncodedSet, encode_all, label_token_ids, length_batches
 from llmattrib.errors import (
+    LlmattribError,
     ModelNotFoundError,
     NonFiniteGradientError,
     StoppedError,
+    StoreError,
     StoreNotFoundError,
     memory_errors,
 )
@@ -98,14 +104,18 @@ def run_adapters(config: RunConfig) -> list[str]:
     return []
 
 
-def load_extractor(config: RunConfig) -> Extractor:
+def load_extractor(config: RunConfig, sharding: Sharding | None = None) -> Extractor:
     """Load the model of a run and what computes its features.
+
+    Args:
+        config: the run.
+        sharding: where ranks share the model's weights; all of them call.
 
     Raises:
         ModelError: base model or adapter is missing or does not fit.
         LabelWordError: a label word is not one token.
     """
-    loaded = load_model(config.model, adapters=run_adapters(config))
+    loaded = load_model(config.model, adapters=run_adapters(config), sharding=sharding)
     return Extractor(loaded, config.features, config.seed, label_token_ids(loaded.tokenizer, config.data))
 
 
@@ -204,10 +214,13 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
     started = time.perf_counter()
     ranks = ranks or Ranks()
     path = config.layout.features
-    with ExitStack() as held:
+    with ranks.lockstep(), ExitStack() as held:
         ranks.together(lambda: held.enter_context(locked(path)) if ranks.is_main else None)
-        extractor, encoded = ranks.together(lambda: _load(config))
-        todo, num_appended = ranks.on_main(lambda: _prepare(config, extractor, encoded))
+        examples = ranks.together(lambda: load_examples(config.data))  # first: quick, and most mistakes are here
+        extractor = ranks.in_passes(lambda: load_extractor(config, ranks.sharding))
+        encoded = ranks.together(lambda: encode_examples(config, extractor, examples))
+        plan = _plan(config, extractor, encoded.encoded, ranks)
+        todo, num_appended = ranks.on_main(lambda: _prepare(config, extractor, encoded, plan))
         store = RowStore.open(path, read_only=False)
         with deferred() as is_asked:
             done = _write(config, extractor, encoded, store, ranks, todo, progress, lambda: ranks.is_any(is_asked()))
@@ -227,26 +240,19 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
     )
 
 
-def _load(config: RunConfig) -> tuple[Extractor, EncodedSet]:
-    examples = load_examples(config.data)  # first: it is quick, and most mistakes are here
-    extractor = load_extractor(config)
-    return extractor, encode_examples(config, extractor, examples)
-
-
-def _prepare(config: RunConfig, extractor: Extractor, encoded: EncodedSet) -> tuple[list[int], int]:
+def _prepare(config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan: SketchPlan) -> tuple[list[int], int]:
     """Create, check or extend the store and save what belongs to it. First rank only.
 
     Returns:
         The shards to compute, and how many rows were added to a store that was there.
     """
     path, num_appended = config.layout.features, 0
+    manifest = _manifest(config, extractor, encoded, plan)
     try:
         stored = RowStore.open(path, read_only=False)
     except StoreNotFoundError:
-        manifest = _manifest(config, extractor, encoded, _plan(config, extractor, encoded.encoded))
+        pass
     else:
-        plan = SketchPlan.from_json(dict(stored.manifest.info["sketch_plan"]))
-        manifest = _manifest(config, extractor, encoded, plan)
         num_appended = extend(stored, manifest, encoded, config.layout.examples)
     store = RowStore.create(path, manifest)
     save_examples(encoded.examples, config.layout.examples)
@@ -254,10 +260,24 @@ def _prepare(config: RunConfig, extractor: Extractor, encoded: EncodedSet) -> tu
     return store.pending(), num_appended
 
 
-def _plan(config: RunConfig, extractor: Extractor, encoded: Sequence[Encoded]) -> SketchPlan:
-    sketch, sample = config.features.sketch, calibration_batches(config, encoded)
-    with batch_memory(config, max(map(len, sample))):
-        return extractor.plan(sketch.kind, config.seed, sketch.dim, sample)
+def _plan(config: RunConfig, extractor: Extractor, encoded: Sequence[Encoded], ranks: Ranks) -> SketchPlan:
+    """Return the plan of the store's sketch, else the first rank's; where ranks share the weights all of them plan."""
+
+    def stored() -> dict[str, Any] | None:
+        try:
+            return dict(RowStore.open(config.layout.features).manifest.info["sketch_plan"])
+        except StoreNotFoundError:
+            return None
+
+    def planned() -> dict[str, Any] | None:
+        if not (ranks.is_main or ranks.sharding):
+            return None
+        sketch, sample = config.features.sketch, calibration_batches(config, encoded)
+        with batch_memory(config, max(map(len, sample))):
+            return extractor.plan(sketch.kind, config.seed, sketch.dim, sample).to_json()
+
+    plan = ranks.on_main(stored) or ranks.gather(ranks.in_passes(planned))[0]
+    return SketchPlan.from_json(plan)
 
 
 def _manifest(config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan: SketchPlan) -> Manifest:
@@ -298,21 +318,62 @@ def _write(
     num_todo, num_mine = (sum(stop - start for start, stop in map(store.shard_range, part)) for part in (todo, mine))
     num_rows, num_done = store.manifest.num_rows, 0
     progress(num_rows - num_todo, num_rows)
-    for place, shard in enumerate(mine):
-        if is_stopped():
-            return list(mine[:place])
-        start, stop = store.shard_range(shard)
 
-        def report(done: int, _: int, before: int = num_done) -> None:
-            progress(num_rows - num_todo + (before + done) * num_todo // num_mine, num_rows)
+    def report(done: int, _: int) -> None:
+        progress(num_rows - num_todo + (num_done + done) * num_todo // num_mine, num_rows)
 
-        part = slice(start, stop)
+    def compute(shard: int) -> None:
+        part = slice(*store.shard_range(shard))
         rows, columns = extract_rows(
             config, extractor, sketch, encoded.encoded[part], encoded.examples[part], progress=report
         )
-        num_done += stop - start
         store.write_shard(shard, rows, columns)
+
+    num_rounds = -(-len(todo) // ranks.world_size) if ranks.sharding else len(mine)
+    for number in range(num_rounds):
+        if is_stopped():
+            return list(mine[:number])
+        own = mine[number : number + 1]
+        if ranks.sharding:
+            shards = todo[number * ranks.world_size : (number + 1) * ranks.world_size]
+            parts = [encoded.encoded[slice(*store.shard_range(shard))] for shard in shards]
+            _in_step(config, extractor, sketch, parts, ranks, partial(_each, compute, own))
+        else:
+            _each(compute, own)
+        num_done += sum(stop - start for start, stop in map(store.shard_range, own))
     return list(mine)
+
+
+def _each(action: Callable[[int], None], shards: Sequence[int]) -> None:
+    for shard in shards:
+        action(shard)
+
+
+def _in_step(
+    config: RunConfig,
+    extractor: Extractor,
+    sketch: Sketch,
+    parts: Sequence[Sequence[Encoded]],
+    ranks: Ranks,
+    action: Callable[[], object],
+) -> None:
+    """Run `action`, which computes one of `parts` or none, then padding batches up to those of the longest part."""
+    longest = max(len(length_batches(list(map(len, part)), config.features.tokens_per_batch)) for part in parts)
+    num_batches = extractor.num_batches + longest
+    failure: LlmattribError | None = None
+    try:
+        action()
+    except (NonFiniteGradientError, StoreError) as error:  # between two batches: the others can still be told
+        failure = error
+    shortest = min((example for part in parts for example in part), key=len)
+    while extractor.num_batches < num_batches:
+        extractor.extract([shortest], sketch)
+
+    def tell() -> None:
+        if failure is not None:
+            raise failure
+
+    ranks.together(tell)
 
 
 def _require_all(store: RowStore, done: Sequence[int], is_stopped: bool) -> None:

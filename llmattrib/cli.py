@@ -1,6 +1,6 @@
 """The command line. Every command is one stage or one question; all take a config or a run directory.
 
-Heavy imports stand inside the commands, so that `--help` answers at once. Only this module and console.py print:
+Heavy imports stand inside the commands, so that `--help` answers at once. Only cli*.py and console.py print:
 results to stdout, progress and errors to stderr. Under `accelerate launch` the first rank alone prints.
 """
 

@@ -67,6 +67,7 @@ class ModelConfig(Section):
 
     `name` is a hub id, a folder with safetensors, a `.gguf` file, or `package:NAME/FILE` for a file that an
     installed Python package carries. `adapters` are PEFT folders; when empty, `run_dir/adapter` made by `train`.
+    `quantization` holds the base's linear layers in 4 (NF4) or 8 bits by bitsandbytes, on a GPU.
     """
 
     name: str
@@ -74,6 +75,7 @@ class ModelConfig(Section):
     adapters: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
+    quantization: Literal["4bit", "8bit"] | None = None
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     trust_remote_code: bool = False
     lora: LoraConfig = LoraConfig()

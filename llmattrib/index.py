@@ -46,7 +46,7 @@ except ImportError as missing:
         fix="install llmattrib with the extra `cpu` or `gpu`",
     ) from missing
 
-SCHEMA = 1
+SCHEMA = 2
 SAMPLE_ROWS = 4096
 POINTS_PER_CENTROID = 39  # faiss warns below this many training rows for each k-means centroid
 MAX_POINTS_PER_CENTROID = 256  # and draws this many above it

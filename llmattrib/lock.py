@@ -62,11 +62,11 @@ def _name(owner: dict[str, Any]) -> str:
 
 def holder(path: str) -> tuple[str, bool] | None:
     """Return who holds the lock of the store at `path`, and whether it may be alive; None when it is free."""
-    try:
-        with named_errors(path):
+    with named_errors(path):
+        try:
             owner = _parse_owner(read_bytes(lock_path(path)))
-    except FileNotFoundError:
-        return None
+        except FileNotFoundError:
+            return None
     return _name(owner), not _is_stale(owner, _owner())
 
 

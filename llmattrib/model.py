@@ -25,6 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llmattrib.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, check_adapter, check_shapes
 from llmattrib.config import LoraConfig, ModelConfig, digest
+from llmattrib.device import resolve_device
+from llmattrib.distributed import Sharding
 from llmattrib.errors import (
     ConfigError,
     OverlongExampleError,
@@ -81,8 +83,9 @@ class LoadedModel:
         layers: the LoRA layers, in the order of the model.
         adapter_names: PEFT names, in the order the folders were given.
         max_length: context in tokens.
-        fingerprint: what the numbers depend on: base_model, dtype, tokenizer, chat_template, lora, adapters (`none`
-            when fresh).
+        fingerprint: what the numbers depend on: base_model, dtype, quantization (when there is some), tokenizer,
+            chat_template, lora, adapters (`none` when fresh).
+        sharding: how ranks share the weights of the base, or None. The adapter is whole until `partition`.
     """
 
     model: peft.PeftModel
@@ -92,6 +95,7 @@ class LoadedModel:
     adapter_names: list[str]
     max_length: int
     fingerprint: dict[str, str] = field(default_factory=dict)
+    sharding: Sharding | None = None
 
     @property
     def pad_id(self) -> int:
@@ -186,7 +190,12 @@ class LoadedModel:
 
 
 def load_model(
-    config: ModelConfig, *, adapters: Sequence[str] = (), dtype: str | None = None, device: str | None = None
+    config: ModelConfig,
+    *,
+    adapters: Sequence[str] = (),
+    dtype: str | None = None,
+    device: str | None = None,
+    sharding: Sharding | None = None,
 ) -> LoadedModel:
     """Load the base model and its adapters, frozen.
 
@@ -195,6 +204,7 @@ def load_model(
         adapters: PEFT folders.
         dtype: of the base weights instead of `config.dtype`.
         device: instead of `config.device`; `auto` is the current GPU, or the CPU without one.
+        sharding: where ranks share the base's weights.
 
     Raises:
         ModelNotFoundError: base or adapter is missing or unreadable.
@@ -206,7 +216,7 @@ def load_model(
     """
     names = ["default"] if len(adapters) < 2 else [f"adapter{number}" for number in range(len(adapters))]
     paths = [Path(adapter).expanduser() for adapter in adapters]
-    base, tokenizer, context, fingerprint = _open_base(config, dtype or config.dtype, device, paths)
+    base, tokenizer, context, fingerprint = _open_base(config, dtype or config.dtype, device, paths, sharding)
     if paths:
         check_shapes(paths, base)
         with _peft_quiet():
@@ -216,6 +226,7 @@ def load_model(
     else:
         model = _fresh(base, config, seed=0)
     loaded = _loaded(model, tokenizer, names, context)
+    loaded.sharding = sharding
     _only_trainable(model, [])
     model.eval()
     weights = "+".join(file_digest(path / ADAPTER_WEIGHTS)[:32] for path in paths)
@@ -275,25 +286,12 @@ def save_adapter(loaded: LoadedModel, folder: Path, base_name: str) -> None:
     settings.write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device a config names; `auto` is the current GPU, or the CPU without one.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"model.device is {name!r}", expected="auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"model.device is {name!r} and there is no GPU", fix="set model.device to cpu or auto")
-    return device
-
-
 def _open_base(
-    config: ModelConfig, dtype: str, device: str | None, adapters: Sequence[Path] = ()
+    config: ModelConfig,
+    dtype: str,
+    device: str | None,
+    adapters: Sequence[Path] = (),
+    sharding: Sharding | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase, int, dict[str, str]]:
     """Check the adapters' folders; return base model, tokenizer, context and their part of the fingerprint."""
     folder = resolve_base(config.name, revision=config.revision, trust_remote_code=config.trust_remote_code)
@@ -302,9 +300,12 @@ def _open_base(
         check_adapter(path, config.name, base_print)
     tokenizer = load_tokenizer(folder, adapters, trust_remote_code=config.trust_remote_code)
     context = context_length(folder, tokenizer, trust_remote_code=config.trust_remote_code)
-    base = load_base(config, folder, dtype, resolve_device(device or config.device))
+    base = load_base(config, folder, dtype, resolve_device(device or config.device), sharding)
     check_tokenizer(tokenizer, int(base.get_input_embeddings().num_embeddings))
-    return base, tokenizer, context, tokenizer_fingerprint(tokenizer) | {"base_model": base_print, "dtype": dtype}
+    fingerprint = tokenizer_fingerprint(tokenizer) | {"base_model": base_print, "dtype": dtype}
+    if config.quantization is not None:
+        fingerprint["quantization"] = config.quantization
+    return base, tokenizer, context, fingerprint
 
 
 def _fresh(base: Any, config: ModelConfig, seed: int) -> peft.PeftModel:

@@ -136,6 +136,7 @@ def _outcome(
     if measured is not None and measured.lower > _NOTED_BIAS:
         notes.append(f"the mean field is off: {measured}; take a larger ridge, or reduce.form=pairs")
     errors = [result.sum_rule_error for result in results if result.sum_rule_error is not None]
+    residuals = [result.response_residual for result in results if result.response_residual is not None]
 
     def representers() -> Iterator[tuple[int, Float[np.ndarray, "m c p"]]]:
         for start in range(0, num_rows, size):
@@ -151,5 +152,6 @@ def _outcome(
         "num_nodes": max(result.num_nodes for result in results),
         "num_groups": [result.num_groups for result in results],
         "precision": results[0].precision,
+        "response_residual": max(residuals) if residuals else None,
         "notes": notes,
     }, representers

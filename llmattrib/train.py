@@ -23,10 +23,11 @@ from torch import Tensor
 from llmattrib.adapters import RECORD
 from llmattrib.config import RunConfig
 from llmattrib.data import data_fingerprint, load_examples
+from llmattrib.device import resolve_device
 from llmattrib.encoding import Encoded, EncodedSet, collate, encode_all, encoded_fingerprint
 from llmattrib.errors import ConfigError, FingerprintMismatchError, NonFiniteGradientError, memory_errors
 from llmattrib.forward import completion_logits, loss_scale
-from llmattrib.model import LoadedModel, prepare_trainable, resolve_device, save_adapter
+from llmattrib.model import LoadedModel, prepare_trainable, save_adapter
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
 from llmattrib.storage import atomic_write, named_errors, require_space

@@ -311,9 +311,8 @@ class _Checks:
     def values(self, features: str | None) -> Iterator[Finding]:
         """The table of random subsets, and the values."""
         path, found = self.layout.path("values", "subsets.zarr"), list[Finding]()
-        own = self.config.values.method
         if storage.exists(path):
-            rerun = self.command("values", *([] if own in TABLE_METHODS else [f"values.method={TABLE_METHODS[0]}"]))
+            rerun = self.table_command()
             table = self.open(path, TableStore.open, rerun, found)
             yield from found
             if table is not None:
@@ -324,6 +323,14 @@ class _Checks:
                     yield from self.problems(table, table.verify(), rerun)
         for name in self.names("values", VALUES_FILES):
             yield from self.values_of(name, features)
+
+    def table_command(self) -> str:
+        """Return what fills the table: values of a method that reads it, without those that would be kept."""
+        own = self.config.values.method
+        method = own if own in TABLE_METHODS else TABLE_METHODS[0]
+        kept = self.layout.path("values", f"{method}.json")
+        fill = self.command("values", *([] if method == own else [f"values.method={method}"]))
+        return f"rm {shlex.quote(kept)} && {fill}" if storage.exists(kept) else fill
 
     def values_of(self, name: str, features: str | None) -> Iterator[Finding]:
         """The three files of one method."""

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from llmattrib.config import ModelConfig, digest
+from llmattrib.device import quantisation
+from llmattrib.distributed import Sharding
 from llmattrib.errors import ModelNotFoundError, TokenizerMismatchError, first_line, memory_errors
 from llmattrib.storage import named_errors, require_space
 
@@ -168,15 +170,26 @@ def _gguf_file(path: Path) -> dict[str, str]:
     return {"gguf_file": path.name} if path.suffix == ".gguf" else {}
 
 
-def load_base(config: ModelConfig, folder: Path, dtype: str, device: torch.device) -> Any:
+def load_base(
+    config: ModelConfig, folder: Path, dtype: str, device: torch.device, sharding: Sharding | None = None
+) -> Any:
     """Load a base model from its folder, with greedy generation settings.
 
+    Args:
+        config: the model's section.
+        folder: from `resolve_base`.
+        dtype: of the weights.
+        device: of the weights.
+        sharding: where ranks share the weights; each keeps its part only.
+
     Raises:
+        ConfigError: it cannot be quantised here.
         ModelNotFoundError: it cannot be loaded, or tensors are missing.
         DeviceMemoryError: it does not fit on the device.
     """
+    quantised = quantisation(config, dtype, device, is_shared=sharding is not None)
     try:
-        with quiet_loading():
+        with quiet_loading(), sharding.loading(dtype) if sharding else nullcontext():
             pair: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
@@ -184,6 +197,7 @@ def load_base(config: ModelConfig, folder: Path, dtype: str, device: torch.devic
                 trust_remote_code=config.trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
+                **quantised,
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelNotFoundError(

@@ -24,7 +24,22 @@ from llmattrib.hits import Hit, Hits
 from llmattrib.methods import GRADIENT_METHODS, SEMIVALUE_FORMS
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("train", "build", "reduce", "index", "run", "query", "profile", "values", "methods", "demo", "evaluate")
+COMMANDS = (
+    "submit",
+    "status",
+    "train",
+    "build",
+    "reduce",
+    "index",
+    "run",
+    "query",
+    "profile",
+    "values",
+    "methods",
+    "demo",
+    "verify",
+    "evaluate",
+)
 
 
 def llmattrib(*arguments: str) -> Any:

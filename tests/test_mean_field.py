@@ -322,6 +322,11 @@ def test_large_systems_run_in_float32_with_the_same_result(monkeypatch, form):
     _, narrow = run(features, responses, 0.1, form=form)
     assert (wide.precision, narrow.precision) == ("float64", "float32")
     assert narrow.representers.dtype == np.float32
+    assert wide.response_residual is None
+    if form == "cavity":
+        assert narrow.response_residual is None
+    else:
+        assert 0 < narrow.response_residual <= 1e-4
     bound = 1e-5 if form == "cavity" else 2e-4  # the residual of the iterative solve is 1e-4
     assert oracles.relative_error(narrow.representers, wide.representers) < bound
 

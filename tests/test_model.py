@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llmattrib.config import DataConfig, LoraConfig, ModelConfig
 from llmattrib.data import user_message
+from llmattrib.device import resolve_device
 from llmattrib.encoding import encode_prompt
 from llmattrib.errors import (
     ConfigError,
@@ -24,7 +25,7 @@ from llmattrib.errors import (
     TokenizerMismatchError,
 )
 from llmattrib.errors import UnsupportedAdapterError as Unsupported
-from llmattrib.model import LoadedModel, load_model, lora_a_init, prepare_trainable, resolve_device, save_adapter
+from llmattrib.model import LoadedModel, load_model, lora_a_init, prepare_trainable, save_adapter
 from llmattrib.rng import stream
 from llmattrib.weights import quiet_loading, weights_fingerprint
 from tests.tiny import CONTEXT, FAMILIES, tiny_adapter_dir, tiny_model_dir, tiny_tokenizer

@@ -1,30 +1,336 @@
-"""The Slurm scripts are shell, and call what exists. A cluster is not started here."""
+"""Slurm: scripts that call what exists, the commands of a chain, its record and progress, and a real cluster."""
 
+import json
+import os
 import re
+import shlex
 import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from slurm_cluster import Cluster, missing, until
+from test_build import contents
+from tiny import tiny_adapter_dir, tiny_run
 from typer.main import get_command
+from typer.testing import CliRunner
 
+from llmattrib import slurm
+from llmattrib.build import build_features
 from llmattrib.cli import app
+from llmattrib.config import RunConfig, config_to_yaml
+from llmattrib.errors import ConfigError, SlurmError
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
+NUM_ROWS, SHARD_SIZE = 60, 2
+COMMANDS = ("sbatch", "squeue", "scancel")
+
+
+def llmattrib(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+def write_config(config: RunConfig, folder: Path) -> str:
+    path = folder / "run.yaml"
+    path.write_text(config_to_yaml(config))
+    return str(path)
+
+
+def run_of(folder: Path, **sections: Any) -> RunConfig:
+    features = {"sketch": {"dim": 256, "calibration_examples": 4}, "tokens_per_batch": 64, "shard_size": SHARD_SIZE}
+    return tiny_run(folder, num_rows=NUM_ROWS, features=features, **sections)
 
 
 def test_every_stage_that_a_cluster_runs_has_a_script() -> None:
-    assert [script.stem for script in SCRIPTS] == ["build", "index", "reduce"]
+    assert {script.stem for script in SCRIPTS} == set(slurm.STAGES)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_script_is_valid_shell_and_calls_what_exists(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
     text = script.read_text(encoding="utf-8")
-    assert "set -euo pipefail" in text
+    assert "set -eo pipefail" in text
     commands = get_command(app).commands  # type: ignore[attr-defined]
     called = re.findall(r"^srun .*\bllmattrib (\w+)", text, re.MULTILINE)
     launched = re.findall(r"launch/\w+\.(?:py|yaml)", text)
     assert called or launched
     assert all(command in commands for command in called)
     assert all((ROOT / path).is_file() for path in launched)
+
+
+def fake(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Put commands of Slurm that are shell scripts of the test alone on PATH."""
+    for name in COMMANDS:
+        (folder / name).unlink(missing_ok=True)
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    section = {"partition": "gpu", "time": "4:00:00", "sbatch": ["--mem=8G"], "setup": ["module load cuda", "true"]}
+    return write_config(run_of(tmp_path, slurm=section), tmp_path)
+
+
+@pytest.fixture
+def bin_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    return folder
+
+
+def test_dry_run_prints_commands_that_shell_understands(path: str, tmp_path: Path) -> None:
+    options = ("--nodes", "2", "--gpus-per-node", "8", "--partition", "big one", "--dry-run")
+    result = llmattrib("submit", path, "seed=3", *options)
+    assert result.exit_code == 0, result.output
+    text = result.stdout.replace("$(", "").replace(")\n", "\n")
+    assignments = [re.match(r"(\w+)=(.*)", part, re.DOTALL) for part in re.split(r"\n(?=\w+=LLM)", text.strip())]
+    words = {match[1]: shlex.split(match[2]) for match in assignments if match}
+    assert list(words) == ["train", "build", "reduce", "index"]
+    for before, (stage, line) in zip((None, *words), words.items(), strict=False):
+        assert line[0] == f"LLMATTRIB_ROOT={ROOT}"
+        assert line[1] == "LLMATTRIB_SETUP=module load cuda\ntrue"
+        assert line[2] == "sbatch"
+        assert {"--partition=big one", "--time=4:00:00", "--mem=8G", "--kill-on-invalid-dep=yes"} <= set(line)
+        assert (f"--dependency=afterok:${before}" in line) == (before is not None)
+        assert line[-3:] == [str(ROOT / "slurm" / f"{stage}.sbatch"), path, "seed=3"]
+        assert f"--output={tmp_path}/run/slurm/{stage}-%j.log" in line
+        assert f"--nodes={2 if stage == 'build' else 1}" in line
+    assert [next((word for word in line if "gpus" in word), "") for line in words.values()] == [
+        "--gpus-per-node=1",
+        "--gpus-per-node=8",
+        "",
+        "",
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_is_for_runs_without_an_adapter_and_cpu_nodes_have_one_process_each(tmp_path: Path) -> None:
+    config = run_of(tmp_path, slurm={"gpus_per_node": 0, "cpus_per_task": 4})
+    jobs = slurm.plan_jobs(config, "c.yaml")
+    assert [job.stage for job in jobs] == ["train", "build", "reduce", "index"]
+    assert not any("gpus" in word for job in jobs for word in job.command)
+    assert all("--cpus-per-task=4" in job.command for job in jobs)
+    assert jobs[1].environment["LAUNCH"].endswith("launch/cpu.yaml")
+    assert jobs[1].environment["PROCESSES_PER_NODE"] == "1"
+    own = run_of(tmp_path, model={"name": config.model.name, "adapters": ["mine"]})
+    assert [job.stage for job in slurm.plan_jobs(own, "c.yaml")] == ["build", "reduce", "index"]
+
+
+def test_a_time_that_yaml_reads_as_a_number_is_refused(path: str) -> None:
+    result = llmattrib("submit", path, "slurm.time=4:00:00", "--dry-run")
+    assert result.exit_code == 2
+    assert "slurm.time: Input should be a valid string (found 14400)" in " ".join(result.stderr.split())
+
+
+def test_logs_need_a_local_run_dir(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run_dir is memory://x"):
+        slurm.plan_jobs(run_of(tmp_path).model_copy(update={"run_dir": "memory://x"}), "c.yaml")
+
+
+def test_without_slurm_the_error_says_so(path: str, bin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(bin_folder, monkeypatch)
+    result = llmattrib("submit", path)
+    assert result.exit_code == 2
+    assert "there is no sbatch on this machine" in " ".join(result.stderr.split())
+
+
+def test_a_chain_is_submitted_whole_or_not_at_all(
+    path: str, tmp_path: Path, bin_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch = f'echo "$@" >> {bin_folder}/log; n=0; while read -r _; do n=$((n+1)); done < {bin_folder}/log; '
+    refuse = 'if ((n == 3)); then echo "sbatch: error: invalid partition" >&2; exit 1; fi; '
+    fake(
+        bin_folder, monkeypatch, sbatch=sbatch + refuse + "echo $((100 + n))", scancel=f'echo "$@" > {bin_folder}/gone'
+    )
+    result = llmattrib("submit", path)
+    assert result.exit_code == 2
+    assert "sbatch says: sbatch: error: invalid partition" in " ".join(result.stderr.split())
+    assert (bin_folder / "gone").read_text() == "101 102\n"
+    (bin_folder / "log").unlink()
+    fake(bin_folder, monkeypatch, sbatch=sbatch + "echo $((100 + n))';cluster'", squeue="echo '101|CANCELLED|None'")
+    result = llmattrib("submit", path)
+    assert result.exit_code == 0, result.output
+    recorded = json.loads((tmp_path / "run/slurm/jobs.json").read_text())["jobs"]
+    assert [(job["stage"], job["id"]) for job in recorded] == list(
+        zip(slurm.STAGES, ("101", "102", "103", "104"), strict=True)
+    )
+    assert recorded[1]["log"] == f"{tmp_path}/run/slurm/build-102.log"
+    lines = (bin_folder / "log").read_text().splitlines()
+    assert [re.findall(r"afterok:(\d+)", line) for line in lines] == [[], ["101"], ["102"], ["103"]]
+    fake(bin_folder, monkeypatch, squeue="echo '102|RUNNING|None'")
+    result = llmattrib("submit", path)
+    assert result.exit_code == 2
+    assert re.search(r"are in the queue: build 102 .*scancel 102", " ".join(result.stderr.split()))
+
+
+def job(stage: str, id: str, folder: Path) -> slurm.Job:
+    return slurm.Job(stage, id, str(folder / f"{stage}.log"), "2026-01-01T00:00:00+00:00")
+
+
+def test_wait_follows_states_and_ends_with_the_log_of_a_failed_job(
+    tmp_path: Path, bin_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, told = [job("build", "7", tmp_path), job("reduce", "8", tmp_path)], []
+    (tmp_path / "build.log").write_text("\n".join(f"line {number}" for number in range(100)))
+    count = f"n=0; [ -f {bin_folder}/n ] && read -r n < {bin_folder}/n; echo $((n+1)) > {bin_folder}/n; "
+    states = "build=(PENDING NODE_FAIL PENDING RUNNING {end}); b=${{build[$((n > 4 ? 4 : n))]}}; "
+    rows = '((n == 2)) && { echo "no contact" >&2; exit 1; }; echo "7|$b|None"; echo "8|{other}|Dependency"'
+    fake(bin_folder, monkeypatch, squeue=count + states.format(end="FAILED") + rows.replace("{other}", "PENDING"))
+    with pytest.raises(
+        SlurmError, match=r"job 7 \(build\) ended as FAILED(?s:.*)line 80\n(?s:.*)line 99\n  exp"
+    ) as caught:
+        slurm.wait(jobs, told.append, seconds=0.01)
+    assert "line 79" not in caught.value.found
+    assert told[:1] == ["build 7: PENDING"]
+    assert "build 7: NODE_FAIL" in told, "seen once, as a requeued job shows it, it is no end"
+    (bin_folder / "n").unlink()
+    fake(bin_folder, monkeypatch, squeue=count + states.format(end="COMPLETED") + rows.replace("{other}", "COMPLETED"))
+    slurm.wait(jobs, told.append, seconds=0.01)
+    fake(bin_folder, monkeypatch, squeue="echo 'no contact' >&2; exit 1")
+    with pytest.raises(SlurmError, match="squeue says: no contact"):
+        slurm.wait(jobs, told.append, seconds=0.01, patience=2)
+    fake(bin_folder, monkeypatch, squeue="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    slurm.wait(jobs, told.append, seconds=0.01)
+    assert told[-1] == "reduce 8: GONE"
+
+
+def test_status_is_of_the_store_and_needs_no_slurm(
+    path: str, tmp_path: Path, bin_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    fake(bin_folder, monkeypatch)
+    assert llmattrib("status", path).stdout == "build: no shards yet\n"
+    config = run_of(tmp_path)
+    build_features(config)
+    records = sorted(Path(config.layout.features, "commits").glob("*.json"))
+    for record in records[10:]:
+        record.unlink()
+    now = time.time()
+    for number, record in enumerate(records[:10]):
+        os.utime(record, (now, now - 300 + 20 * number))  # two rows every 20 s
+    shown = json.loads(llmattrib("status", str(run_dir), "--json").stdout)
+    assert (shown["num_shards"], shown["num_shards_done"], shown["jobs"]) == (30, 10, [])
+    assert shown["rows_per_second"] == pytest.approx(0.1, rel=1e-3)
+    assert shown["seconds_left"] == pytest.approx(400, rel=1e-3)
+    assert shown["seconds_since"] == pytest.approx(120, abs=30)
+    (run_dir / "slurm").mkdir()
+    record = {"jobs": [{"stage": "build", "id": "5", "log": "build.log", "submitted": "2026-01-01T00:00:00+00:00"}]}
+    (run_dir / "slurm" / "jobs.json").write_text(json.dumps(record))
+    text = llmattrib("status", str(run_dir)).stdout
+    assert re.search(
+        r"^build: 10 of 30 shards, 0\.1 examples/s, 6 min 40 s left; the newest 2 min \d+ s ago$", text, re.M
+    )
+    assert "build 5: UNKNOWN (there is no squeue on this machine), build.log" in text
+    fake(bin_folder, monkeypatch, squeue="echo '5|PENDING|Priority'")
+    assert "build 5: PENDING (Priority), build.log" in llmattrib("status", str(run_dir)).stdout
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if missing():
+        pytest.skip(missing())
+    running = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+def on_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return cluster
+
+
+def committed(config: RunConfig) -> int:
+    return len(list(Path(config.layout.features, "commits").glob("[0-9]*.json")))
+
+
+def requeued(cluster: Cluster, number: str, log: str) -> None:
+    """Wait until a job is in the queue again, and have it start soon; Slurm alone would let minutes pass.
+
+    Not at once: an srun of before would end the new step, which has the same number, and a node refuses what was
+    signed in the second in which it ended the job.
+    """
+
+    def what() -> str:
+        return cluster.run("scontrol", "show", "job", number) + Path(log).read_text() + cluster.logs()
+
+    until(lambda: cluster.state(number) == "PENDING", 60, what)
+    until(lambda: not cluster.processes(number), 60, what)
+    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now+3")
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_chain_that_loses_a_node_and_is_warned_ends_with_the_bytes_of_a_local_run(
+    on_cluster: Cluster, tmp_path: Path
+) -> None:
+    config = run_of(tmp_path, reduce={"methods": ["influence", "grad_dot"]})
+    options = ("--nodes", "2", "--gpus-per-node", "0")
+    result = llmattrib("submit", write_config(config, tmp_path), *options)
+    assert result.exit_code == 0, result.output
+    jobs = slurm.recorded(config.layout)
+    build = jobs[1]
+
+    def state() -> str:
+        logs = [Path(item.log).read_text() for item in jobs if Path(item.log).exists()]
+        return "\n".join([on_cluster.run("squeue", "--states=all"), *logs, on_cluster.logs()])
+
+    until(lambda: committed(config) >= 4, 90, state)
+    on_cluster.kill_node("n2", build.id)
+    before = committed(config)
+    assert before < NUM_ROWS // SHARD_SIZE
+    requeued(on_cluster, build.id, build.log)
+    on_cluster.start_node("n2")
+    until(lambda: committed(config) >= before + 4, 90, state)
+    on_cluster.run("scancel", "--batch", "--signal=USR1", build.id)
+    until(lambda: "finishing shards" in Path(build.log).read_text(), 20, state)
+    requeued(on_cluster, build.id, build.log)
+    assert committed(config) < NUM_ROWS // SHARD_SIZE
+    assert "asked to stop" in Path(build.log).read_text()
+    told: list[str] = []
+    slurm.wait(jobs, told.append, seconds=0.5)
+    assert told[-1] == f"index {jobs[-1].id}: COMPLETED"
+    shown = llmattrib("status", config.run_dir).stdout
+    assert "build: 30 of 30 shards" in shown
+    assert all(f"{item.stage} {item.id}: COMPLETED" in shown for item in jobs)
+    local = config.model_copy(update={"run_dir": str(tmp_path / "local")})
+    build_features(local)
+    assert contents(config.layout.features) == contents(local.layout.features)
+    assert not Path(config.layout.features + ".lock").exists()
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_wait_ends_well_with_an_adapter_of_ones_own_on_one_node(on_cluster: Cluster, tmp_path: Path) -> None:
+    config = run_of(tmp_path, slurm={"gpus_per_node": 0}, reduce={"methods": ["grad_dot"]})
+    adapter = tiny_adapter_dir(tmp_path, config.model.name)
+    overrides = (f"model.adapters=[{adapter}]", "features.linearisation=trained")
+    result = llmattrib("submit", write_config(config, tmp_path), *overrides, "--wait")
+    assert result.exit_code == 0, result.output
+    ended = re.findall(r"^(\w+) \d+: COMPLETED$", result.stdout, re.MULTILINE)
+    assert ended == ["build", "reduce", "index"]
+    assert Path(config.layout.index("grad_dot")).exists()
+    assert "linearisation: trained" in Path(config.layout.config).read_text()
+
+
+@pytest.mark.slurm
+def test_wait_fails_with_the_log_of_the_job_that_failed(on_cluster: Cluster, tmp_path: Path) -> None:
+    config = run_of(tmp_path, slurm={"gpus_per_node": 0, "setup": ["echo no module loaded >&2", "false"]})
+    result = llmattrib("submit", write_config(config, tmp_path), "--wait")
+    assert result.exit_code == 2
+    text = " ".join(result.stderr.split())
+    assert re.search(r"job \d+ \(train\) ended as FAILED; the end of .* no module loaded", text)

@@ -22,7 +22,7 @@ These are values over a set of validation queries, not representers: the utiliti
 Source: Wang et al. 2024 (FreeShap, arXiv 2406.04606); docs/methods.md section 7.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +33,7 @@ from jaxtyping import Float, Int
 
 from llmattrib.errors import MethodError
 from llmattrib.estimators.moments import Moments
+from llmattrib.estimators.permutation import UtilityResult, UtilitySamples, truncate
 from llmattrib.games.memory import require_memory
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
@@ -41,6 +42,13 @@ Kernels = Literal["single", "per_class"]
 METRICS = ("cross_entropy", "accuracy")
 """Utilities, in the order of every axis of length 2."""
 BLOCK = 64  # players whose prefixes are evaluated together
+
+
+Observer = Callable[[Int[np.ndarray, " k"], Float[np.ndarray, "2 k m"]], None]
+
+
+def _unobserved(players: Int[np.ndarray, " k"], gains: Float[np.ndarray, "2 k m"]) -> None:
+    """Look at no gains."""
 
 
 @dataclass(frozen=True)
@@ -153,31 +161,50 @@ class FreeShap:
         Raises:
             MethodError: it does not fit the memory, or a kernel is not positive definite at this ridge.
         """
+        _, m, n = problem.query_kernel.shape
+        per_query = np.zeros((2, m, n))
+
+        def add(players: Int[np.ndarray, " k"], gains: Float[np.ndarray, "2 k m"]) -> None:
+            per_query[:, :, players] += gains.transpose(0, 2, 1) / self.num_permutations
+
+        found = self.sample(problem, progress, add)
+        result = UtilityResult.of(Moments.of(found.samples, found.shape), found)
+        return FreeShapResult(result.moments, per_query, result.empty, result.full, result.mean_prefixes)
+
+    def sample(
+        self, problem: KernelProblem, progress: Progress = silent, observe: Observer = _unobserved
+    ) -> UtilitySamples:
+        """Yield a sample of both utilities for each permutation.
+
+        Args:
+            problem: kernels and labels.
+            progress: called with (permutations done, permutations).
+            observe: called with players and their gains for every query, [2, k, m].
+
+        Raises:
+            MethodError: it does not fit the memory, or a kernel is not positive definite at this ridge.
+        """
         g, m, n = problem.query_kernel.shape
         size = 8 * (3 * g * n * (n + m) + 2 * m * n + 3 * BLOCK * m * problem.num_classes)
         fix = "take fewer validation examples, or the single kernel"
         require_memory(size, f"FreeShap of {n} examples and {m} queries", fix, self.max_bytes)
         empty = np.array([-np.log(problem.num_classes), 1 / problem.num_classes])
-        total = self._total(problem)
-        full = _worth(total[None], problem.query_labels)[:, 0]
-        per_query, prefixes = np.zeros((2, m, n)), []
+        full = _worth(self._total(problem)[None], problem.query_labels)[:, 0].mean(axis=1)
 
-        def samples() -> Iterator[Float[np.ndarray, "2 n"]]:
+        def samples() -> Iterator[Float[np.ndarray, "2 n1"]]:
             for done in range(self.num_permutations):
                 order = stream(self.seed, "freeshap", self.first_permutation + done).permutation(n)
-                values = np.zeros((2, n))
-                reached = 0
-                for gains in self._gains(problem, order, empty, full.mean(axis=1)):
+                values, reached = np.zeros((2, n + 1)), 0
+                for gains in self._gains(problem, order, empty, full):
                     players = order[reached : reached + gains.shape[1]]
                     values[:, players] = gains.mean(axis=2)
-                    per_query[:, :, players] += gains.transpose(0, 2, 1) / self.num_permutations
+                    observe(players, gains)
                     reached += len(players)
-                prefixes.append(reached)
+                values[:, n] = reached
                 yield values
                 progress(done + 1, self.num_permutations)
 
-        moments = Moments.of(samples(), (2, n))
-        return FreeShapResult(moments, per_query, empty, full.mean(axis=1), float(np.mean(prefixes)))
+        return UtilitySamples(samples(), empty, full, (2, n + 1))
 
     def _total(self, problem: KernelProblem) -> Float[np.ndarray, "m c"]:
         """Return the outputs of all players together."""
@@ -204,12 +231,7 @@ class FreeShap:
             np.cumsum(outputs, axis=0, out=outputs)
             worths = _worth(outputs, problem.query_labels)
             near = (np.abs(worths.mean(axis=2) - full[:, None]) <= close[:, None]).all(axis=0)
-            stop = len(near)
-            for place, is_near in enumerate(near.tolist()):
-                run = run + 1 if is_near else 0
-                if run == self.num_consecutive:
-                    stop = place + 1
-                    break
+            stop, run = truncate(near, run, self.num_consecutive)
             yield np.diff(worths[:, :stop], axis=1, prepend=worth[:, None])
             if run == self.num_consecutive:
                 return

@@ -67,6 +67,7 @@ class MeanFieldResult:
         num_iterations: mean-field rounds over all nodes.
         num_groups: players after equal ones were joined.
         precision: dtype of the solve and the representers.
+        response_residual: the largest of the iterative solves; None where all were direct, or there were none.
         seconds: wall time.
         notes: what a reader of the values should know.
     """
@@ -80,6 +81,7 @@ class MeanFieldResult:
     num_iterations: int
     num_groups: int
     precision: str
+    response_residual: float | None
     seconds: float
     notes: tuple[str, ...]
 
@@ -196,6 +198,7 @@ class MeanField:
             num_iterations=item.num_iterations,
             num_groups=len(groups.counts),
             precision=run.dtype.name,
+            response_residual=item.residual,
             seconds=0.0,
             notes=(),
         )
@@ -254,6 +257,7 @@ class _Integral:
         change: of that sum by the last refinement, relative.
         num_nodes: nodes summed.
         num_iterations: rounds they took.
+        residual: the largest of their iterative solves.
         is_done: whether its tolerance is met, or no finer level allowed.
     """
 
@@ -262,6 +266,7 @@ class _Integral:
         self.sums = [np.zeros(shape, dtype) for _ in range(1 if rule.semivalue.beta is None else num_levels)]
         self.previous: np.ndarray | None = None
         self.change: float | None = None
+        self.residual: float | None = None
         self.num_nodes = self.num_iterations = 0
         self.is_done = rule.semivalue.beta is None
 
@@ -271,11 +276,13 @@ class _Integral:
             values += weight * node.values
         self.num_nodes += 1
         self.num_iterations += node.num_iterations
+        self.residual = max((x for x in (self.residual, node.residual) if x is not None), default=None)
 
 
 class _Node(NamedTuple):
     values: Float[np.ndarray, "g c d"]
     num_iterations: int
+    residual: float | None
 
 
 def _unobserved(u: float, node: Float[np.ndarray, "g c d"]) -> None:
@@ -389,7 +396,8 @@ class _Run:
         whitened = field.whitened.astype(self.dtype)
         gradient = _Gradient(field, whitened, self.estimator.form)
         columns = [field.unwhiten(gradient(column)) for column in residual.T.astype(self.dtype)]
-        return _Node(np.stack(columns, axis=1), field.num_iterations)
+        left = None if gradient.plain else gradient.response.residual
+        return _Node(np.stack(columns, axis=1), field.num_iterations, left)
 
 
 def _guess(u: float, known: dict[float, np.ndarray]) -> Float[np.ndarray, " g"]:

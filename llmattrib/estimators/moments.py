@@ -17,7 +17,7 @@ Sources: Chan, Golub and LeVeque 1983; Audibert, Munos and Szepesvari 2009; Mnih
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int8
@@ -53,10 +53,18 @@ class Moments:
         return cls(0, np.zeros(shape), np.zeros(shape), np.full(shape, np.inf), np.full(shape, -np.inf))
 
     @classmethod
-    def of(cls, samples: Iterable[Float[np.ndarray, "..."]], shape: tuple[int, ...]) -> "Moments":
-        """Accumulate samples of a shape, one after the other, in place (Welford)."""
-        start = cls.empty(shape)
-        count, mean, m2, low, high = 0, start.mean, start.m2, start.low, start.high
+    def of(
+        cls, samples: Iterable[Float[np.ndarray, "..."]], shape: tuple[int, ...], start: "Moments | None" = None
+    ) -> "Moments":
+        """Accumulate samples of a shape, one after the other, in place (Welford).
+
+        Args:
+            samples: arrays of the shape.
+            shape: of a sample.
+            start: moments of the samples before; the result has the bytes of all of them accumulated at once.
+        """
+        start = start or cls.empty(shape)
+        count, (mean, m2, low, high) = start.count, (part.copy() for part in start.parts)
         for sample in samples:
             assert sample.shape == shape
             count += 1
@@ -81,6 +89,15 @@ class Moments:
             np.minimum(self.low, other.low),
             np.maximum(self.high, other.high),
         )
+
+    @property
+    def parts(self) -> tuple[Float[np.ndarray, "..."], ...]:
+        """Mean, M2, low and high."""
+        return self.mean, self.m2, self.low, self.high
+
+    def at(self, index: Any) -> "Moments":
+        """Return the moments of some entries."""
+        return Moments(self.count, *(part[index] for part in self.parts))
 
     @property
     def variance(self) -> Float[np.ndarray, "..."]:

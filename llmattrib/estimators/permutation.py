@@ -70,6 +70,22 @@ class Steps(NamedTuple):
     responses: Float[np.ndarray, "k c"]
 
 
+class UtilitySamples(NamedTuple):
+    """Values of a utility, sample by sample.
+
+    Attributes:
+        samples: [u, n + 1] each: values, and in the last column how many players entered before truncation.
+        empty: [u] utility of no players.
+        full: [u] utility of all.
+        shape: of a sample.
+    """
+
+    samples: Iterator[Float[np.ndarray, "u n1"]]
+    empty: Float[np.ndarray, " u"]
+    full: Float[np.ndarray, " u"]
+    shape: tuple[int, int]
+
+
 @dataclass(frozen=True)
 class UtilityResult:
     """Values of a utility.
@@ -85,6 +101,11 @@ class UtilityResult:
     empty: Float[np.ndarray, " u"]
     full: Float[np.ndarray, " u"]
     mean_prefixes: float
+
+    @classmethod
+    def of(cls, moments: Moments, found: UtilitySamples) -> "UtilityResult":
+        """Read the moments of samples."""
+        return cls(moments.at(np.s_[:, :-1]), found.empty, found.full, float(moments.mean[0, -1]))
 
 
 @dataclass(frozen=True)
@@ -146,8 +167,7 @@ class Permutation:
             return values
 
         moments = Moments.of(self._samples(n, gains, progress), (c, m, n))
-        parts = (moments.mean, moments.m2, moments.low, moments.high)
-        return Moments(moments.count, *(np.moveaxis(part, 0, 2) for part in parts))
+        return Moments(moments.count, *(np.moveaxis(part, 0, 2) for part in moments.parts))
 
     def measure_utility(
         self, game: KernelGame, queries: Float[np.ndarray, "m p"], utility: Utility, progress: Progress = silent
@@ -163,15 +183,16 @@ class Permutation:
         Raises:
             MethodError: it does not fit the memory.
         """
-        return self.measure_joint_utility([(game, queries)], utility, progress)
+        found = self.sample_joint_utility([(game, queries)], utility, progress)
+        return UtilityResult.of(Moments.of(found.samples, found.shape), found)
 
-    def measure_joint_utility(
+    def sample_joint_utility(
         self,
         games: Sequence[tuple[KernelGame, Float[np.ndarray, "m p"]]],
         utility: Utility,
         progress: Progress = silent,
-    ) -> UtilityResult:
-        """Estimate the Shapley values in a utility of the predictions of several games of the same players together.
+    ) -> UtilitySamples:
+        """Sample the Shapley values in a utility of the predictions of several games of the same players together.
 
         Args:
             games: kernel games with their query features, of one shape; their responses are the c predictions in turn.
@@ -188,10 +209,10 @@ class Permutation:
         c = full_predictions.shape[1]
         empty, full = utility(np.stack([np.zeros((m, c)), full_predictions]))
         close = None if self.tolerance is None else self.tolerance * abs(float(full.mean() - empty.mean()))
-        num_prefixes = []
+        shape = (len(full), n + 1)
 
-        def gains(order: Int[np.ndarray, " n"]) -> Float[np.ndarray, "u n"]:
-            values, start, before, worth, run = np.zeros((len(full), n)), 0, np.zeros((m, c)), empty, 0
+        def gains(order: Int[np.ndarray, " n"]) -> Float[np.ndarray, "u n1"]:
+            values, start, before, worth, run = np.zeros(shape), 0, np.zeros((m, c)), empty, 0
             max_rows = max(1, _STREAMED // (m * c))
             for parts in zip(*(_split(solver.steps(order), max_rows) for solver in solvers), strict=True):
                 increments = [steps.queries.T[:, :, None] * steps.responses[:, None, :] for steps in parts]
@@ -201,17 +222,16 @@ class Permutation:
                 worths = utility(predictions)
                 stop = len(worths)
                 if close is not None:
-                    stop, run = _truncate(np.abs(full.mean() - worths.mean(axis=1)) <= close, run, self.num_consecutive)
+                    stop, run = truncate(np.abs(full.mean() - worths.mean(axis=1)) <= close, run, self.num_consecutive)
                 players = order[start : start + stop]
                 values[:, players] = np.diff(worths[:stop], axis=0, prepend=worth[None]).T
                 start, before, worth = start + stop, predictions[-1], worths[-1]
                 if close is not None and run >= self.num_consecutive:
                     break
-            num_prefixes.append(start)
+            values[:, n] = start
             return values
 
-        moments = Moments.of(self._samples(n, gains, progress), (len(full), n))
-        return UtilityResult(moments, empty, full, float(np.mean(num_prefixes)))
+        return UtilitySamples(self._samples(n, gains, progress), empty, full, shape)
 
     def _samples(
         self, num_players: int, gains: Callable[[Int[np.ndarray, " n"]], np.ndarray], progress: Progress
@@ -248,7 +268,7 @@ def _split(blocks: Iterator[Steps], max_rows: int) -> Iterator[Steps]:
             yield Steps(queries[:, start : start + max_rows], responses[start : start + max_rows])
 
 
-def _truncate(near: Bool[np.ndarray, " k"], run: int, needed: int) -> tuple[int, int]:
+def truncate(near: Bool[np.ndarray, " k"], run: int, needed: int) -> tuple[int, int]:
     """Return how many prefixes are kept, and the length of the run of near ones at their end."""
     for position, is_near in enumerate(near):
         run = run + 1 if is_near else 0

@@ -56,9 +56,14 @@ class Direct:
         rows: w.
         q: for messages.
 
+    Attributes:
+        residual: None, rounding apart there is none.
+
     Raises:
         MethodError: N is not positive definite.
     """
+
+    residual: float | None = None
 
     def __init__(self, rows: Float64[np.ndarray, "g d"], q: float) -> None:
         potrf, self._potrs = scipy.linalg.get_lapack_funcs(("potrf", "potrs"), (rows,))

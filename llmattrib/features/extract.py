@@ -62,8 +62,13 @@ class _Point:
 class Extractor:
     """Computes features of batches at a fixed linearisation point.
 
+    Attributes:
+        blocks: of parameters, in the order of the sketch.
+        num_batches: extracted so far.
+
     Args:
-        loaded: the model with its adapters, frozen.
+        loaded: the model with its adapters, frozen. If ranks share its weights, all of them make an extractor, and run
+            the same number of batches, of any sizes.
         config: output function and linearisation point.
         seed: seed of the fresh A matrices.
         label_ids: token ids of the label words, empty for generation.
@@ -74,6 +79,7 @@ class Extractor:
         self.output = config.output
         self.label_ids = tuple(label_ids)
         self.blocks: tuple[Block, ...] = ()
+        self.num_batches = 0
         self._loss_scale = loss_scale(loaded)
         self._points: list[_Point] = []
         if config.linearisation == "init":
@@ -81,6 +87,8 @@ class Extractor:
         else:
             for adapter in loaded.adapter_names:
                 self._points.append(_Point(adapter, self._trained_taps(adapter)))
+        if loaded.sharding:  # the taps hold the factors, so those of the model can go
+            loaded.sharding.partition(loaded.model)
 
     @property
     def num_outputs(self) -> int:
@@ -121,6 +129,7 @@ class Extractor:
             squared[:, output] += gradient.square().sum(1)
 
         values = self._differentiate(examples, consume, padding_side)
+        self.num_batches += 1
         num_points = len(values)
         columns = {
             "norm": squared.sum(1).sqrt(),
@@ -158,6 +167,8 @@ class Extractor:
             for output in range(last + 1):  # `route` reads it
                 scaled = values.outputs[output].sum() * self._loss_scale
                 scaled.backward(retain_graph=output < last)  # type: ignore[no-untyped-call]
+        if self.loaded.sharding:
+            self.loaded.sharding.release()
         return OutputValues(values.outputs.detach(), values.loss, values.log_odds)
 
     @contextmanager

@@ -6,8 +6,9 @@ subset table (`one_sample`, `msr_banzhaf`), a selection by knockoffs (`ame_lasso
 (gradient methods, `knn_shapley`): the sign is then that of the number.
 """
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -20,8 +21,9 @@ from llmattrib.estimators.freeshap import FreeShap, KernelProblem
 from llmattrib.estimators.knn import knn_shapley, soft_knn_shapley
 from llmattrib.estimators.moments import MIN_COUNT, Moments
 from llmattrib.estimators.one_sample import msr_banzhaf, table_values
-from llmattrib.estimators.permutation import Permutation
+from llmattrib.estimators.permutation import Permutation, UtilityResult
 from llmattrib.estimators.quadrature import SHAPLEY as SHAPLEY_VALUE
+from llmattrib.estimators.quadrature import Semivalue
 from llmattrib.estimators.subset import Subset
 from llmattrib.games.memory import require_memory
 from llmattrib.games.subset_table import ATTRIBUTION, BANZHAF, SHAPLEY, SIZES, Design, SubsetTable
@@ -34,6 +36,7 @@ from llmattrib.scorers.gradient import unit_rows
 from llmattrib.semivalues import semivalue_of
 from llmattrib.settings import Settings
 from llmattrib.values.game import UtilityName, ValidationGame, mean_query
+from llmattrib.values.samples import KeptMoments
 from llmattrib.values.validation import Validation
 
 _QUERIES = 64  # sorted together by the nearest-neighbour game
@@ -93,17 +96,9 @@ def _sampled(
     )
 
 
-def stored_settings(config: RunConfig, reader: FeatureReader) -> Settings:
-    """Return the settings that the stored representers of `values.method` were made with, their ridge chosen.
-
-    Raises:
-        StoreNotFoundError, IncompleteStoreError, StaleIndexError: they are missing or of other features.
-    """
-    info = current_representers(config, config.values.method, reader.store).manifest.info
-    return Settings(**{field.name: info[field.name] for field in fields(Settings)})
-
-
-def from_representers(config: RunConfig, reader: FeatureReader, validation: Validation, progress: Progress) -> Estimate:
+def from_representers(
+    config: RunConfig, reader: FeatureReader, validation: Validation, kept: KeptMoments, progress: Progress
+) -> Estimate:
     """Multiply stored representers with the mean query; certify the signs of a semivalue by unbiased draws.
 
     Raises:
@@ -117,15 +112,14 @@ def from_representers(config: RunConfig, reader: FeatureReader, validation: Vali
     name = MethodName.parse(values.method)
     if not name.is_semivalue:
         return _exact(products, ("nothing is sampled: the sign is that of the value",))
-    settings = stored_settings(config, reader)
-    game = ValidationGame.of(reader, settings, validation)
+    game = ValidationGame.of(reader, Settings.stored(store.manifest.info), validation)
     semivalue = semivalue_of(values.method)
     ends = game.ends("prediction") if semivalue.is_shapley else None
     if values.num_samples == 0:
         estimate = _exact(products, (*game.notes, "values.num_samples is 0: signs are not certified"))
         empty, full = ends or (None, None)
         return replace(estimate, signs=np.zeros(len(products), np.int8), empty=empty, full=full)
-    moments = _moments(game, Subset(semivalue, values.num_samples, config.seed), progress)
+    moments = _moments(config, game, semivalue, kept, progress)
     estimate = _sampled(moments, values.confidence, ends, game.notes, products)
     assert estimate.lower is not None
     assert estimate.upper is not None
@@ -136,27 +130,30 @@ def from_representers(config: RunConfig, reader: FeatureReader, validation: Vali
     return estimate
 
 
-def from_subsets(config: RunConfig, game: ValidationGame, progress: Progress) -> Estimate:
+def from_subsets(config: RunConfig, game: ValidationGame, kept: KeptMoments, progress: Progress) -> Estimate:
     """Take Shapley values from unbiased draws alone.
 
     Raises:
         MethodError: there are no draws, or they do not fit the memory.
     """
     _require_samples(config.values)
-    moments = _moments(game, Subset(SHAPLEY_VALUE, config.values.num_samples, config.seed), progress)
+    moments = _moments(config, game, SHAPLEY_VALUE, kept, progress)
     return _sampled(moments, config.values.confidence, game.ends("prediction"), game.notes)
 
 
-def _moments(game: ValidationGame, estimator: Subset, progress: Progress) -> Moments:
-    def reported() -> Iterable[Float[np.ndarray, " n"]]:
-        for done, sample in enumerate(game.samples(estimator), start=1):
-            yield sample
-            progress(done, estimator.num_draws)
+def _moments(
+    config: RunConfig, game: ValidationGame, semivalue: Semivalue, kept: KeptMoments, progress: Progress
+) -> Moments:
+    """Draw subsets."""
+    identity = {**_game_identity(game), "sampler": "subset", "semivalue": semivalue.name}
+    start = kept.start(identity, (game.num_players,), config.values.num_samples)
+    estimator = Subset(semivalue, start.num_missing, config.seed, start.num_done)
+    return start.finish(game.samples(estimator), progress)
 
-    return Moments.of(reported(), (game.num_players,))
 
-
-def from_permutations(config: RunConfig, game: ValidationGame, utility: UtilityName, progress: Progress) -> Estimate:
+def from_permutations(
+    config: RunConfig, game: ValidationGame, utility: UtilityName, kept: KeptMoments, progress: Progress
+) -> Estimate:
     """Sample Shapley values of any utility by permutations.
 
     Raises:
@@ -164,23 +161,22 @@ def from_permutations(config: RunConfig, game: ValidationGame, utility: UtilityN
     """
     values = config.values
     tolerance = None if values.tolerance == "auto" else values.tolerance
-    estimator = Permutation(values.num_permutations, seed=config.seed, tolerance=tolerance)
+    identity = {**_game_identity(game), "sampler": "permutation", "utility": utility, "tolerance": tolerance}
+    start = kept.start(identity, (1, game.num_players + 1), values.num_permutations // 2)
+    estimator = Permutation(2 * start.num_missing, seed=config.seed, first_sample=start.num_done, tolerance=tolerance)
     games = list(zip(game.games, game.queries, strict=True))
-    result = estimator.measure_joint_utility(games, game.utility(utility), progress)
-    moments = _row(result.moments, 0)
-    notes = _truncated(result.mean_prefixes, game.num_players)
-    return _sampled(moments, values.confidence, (float(result.empty[0]), float(result.full[0])), (*game.notes, *notes))
+    found = estimator.sample_joint_utility(games, game.utility(utility))
+    moments = start.finish(found.samples, progress)
+    return _of_utility(UtilityResult.of(moments, found), 0, values.confidence, game.notes)
 
 
-def _row(moments: Moments, row: int) -> Moments:
-    """Return the moments of one utility."""
-    return Moments(moments.count, moments.mean[row], moments.m2[row], moments.low[row], moments.high[row])
-
-
-def _truncated(mean_prefixes: float, num_players: int) -> tuple[str, ...]:
-    if mean_prefixes == num_players:
-        return ()
-    return (f"permutations stopped after {mean_prefixes:.1f} of {num_players:,} examples on average, which biases",)
+def _of_utility(result: UtilityResult, row: int, confidence: float, notes: tuple[str, ...]) -> Estimate:
+    """Return the values of one utility of those sampled."""
+    moments, ends = result.moments.at(row), (float(result.empty[row]), float(result.full[row]))
+    reached, num_players = result.mean_prefixes, len(moments.mean)
+    if reached < num_players:
+        notes += (f"permutations stopped after {reached:.1f} of {num_players:,} examples on average, which biases",)
+    return _sampled(moments, confidence, ends, notes)
 
 
 def table_design(values: ValuesConfig) -> Design:
@@ -194,7 +190,7 @@ def from_table(
     config: RunConfig,
     game: ValidationGame,
     utility: UtilityName,
-    data: dict[str, str],
+    data: Mapping[str, Any],
     progress: Progress,
 ) -> Estimate:
     """Fill the run's subset table as far as needed and read the values from it.
@@ -264,7 +260,12 @@ def _require_samples(values: ValuesConfig) -> None:
 
 
 def from_freeshap(
-    config: RunConfig, reader: FeatureReader, validation: Validation, utility: UtilityName, progress: Progress
+    config: RunConfig,
+    reader: FeatureReader,
+    validation: Validation,
+    utility: UtilityName,
+    kept: KeptMoments,
+    progress: Progress,
 ) -> Estimate:
     """Follow FreeShap as published.
 
@@ -284,26 +285,24 @@ def from_freeshap(
             expected="log_likelihood (minus the cross-entropy) or accuracy",
             fix="set values.utility=log_likelihood",
         )
-    kept = 1 if values.freeshap_kernels == "single" else manifest.num_outputs
-    size = 8 * kept * (3 * manifest.num_rows * manifest.dim + 2 * manifest.num_rows**2)
+    num_kernels = 1 if values.freeshap_kernels == "single" else manifest.num_outputs
+    size = 8 * num_kernels * (3 * manifest.num_rows * manifest.dim + 2 * manifest.num_rows**2)
     require_memory(size, f"the kernels of {manifest.num_rows:,} examples", "set values.freeshap_kernels=single")
     rows = np.concatenate([block for _, block in reader.store.blocks()])
     labels = reader.store.column("label").astype(np.int64)
     problem = KernelProblem.of_features(rows, validation.phi, labels, validation.labels, values.freeshap_kernels)
     tolerance = 0.05 if values.tolerance == "auto" else values.tolerance
-    estimator = FreeShap(values.num_permutations, tolerance, ridge=values.freeshap_ridge, seed=config.seed)
-    result = estimator.init(problem, progress)
-    metric = 0 if utility == "log_likelihood" else 1
-    notes = _truncated(result.mean_prefixes, len(labels))
+    ridge = values.freeshap_ridge
+    identity = {"sampler": "freeshap", "kernels": values.freeshap_kernels, "tolerance": tolerance, "ridge": ridge}
+    start = kept.start(identity, (2, len(labels) + 1), values.num_permutations)
+    estimator = FreeShap(start.num_missing, tolerance, ridge=ridge, seed=config.seed, first_permutation=start.num_done)
+    found = estimator.sample(problem)
+    moments = start.finish(found.samples, progress)
+    notes: tuple[str, ...] = ()
     sketch = manifest.fingerprint["features"]["sketch"]["kind"]
     if sketch != "none" or manifest.dtype == "float16":
         notes += (f"FreeShap starts from exact features; these are {manifest.dtype} with sketch {sketch}",)
-    return _sampled(
-        _row(result.moments, metric),
-        values.confidence,
-        (float(result.empty[metric]), float(result.full[metric])),
-        notes,
-    )
+    return _of_utility(UtilityResult.of(moments, found), int(utility == "accuracy"), values.confidence, notes)
 
 
 def from_neighbors(config: RunConfig, reader: FeatureReader, validation: Validation, progress: Progress) -> Estimate:

@@ -4,8 +4,9 @@
 
 A value is the example's share in a utility, the mean over validation prompts; positive is helpful. For a method of
 `reduce` it is an inner product of the stored representer with the mean query; the other methods play games (see
-estimates.py). Validation features and the subset table go on where a killed run stopped, and the table grows when
-`values.num_samples` does; other samplers start again. Equal values that are there are kept. One process.
+estimates.py). Validation features, the subset table and the moments of other samplers (samples.py) go on where a killed
+run stopped, and grow with `values.num_samples` and `values.num_permutations`. Equal values that are there are kept. One
+process.
 """
 
 import json
@@ -34,6 +35,7 @@ from llmattrib.values.estimates import (
 )
 from llmattrib.values.game import UtilityName, ValidationGame
 from llmattrib.values.result import DataValue, ValuesResult, read_values, write_values
+from llmattrib.values.samples import KeptMoments
 from llmattrib.values.validation import Validation, load_validation
 
 TABLE_METHODS = ("one_sample", "msr_banzhaf", "ame_lasso")
@@ -83,7 +85,8 @@ def compute_values(config: RunConfig, progress: Progress = silent) -> ValuesResu
         fingerprint = json.loads(json.dumps(fingerprint))
         result = read_values(paths[0], paths[1], fingerprint)
         if result is None:
-            estimate = _estimate(config, reader, validation, utility, data, progress)
+            kept = KeptMoments(config.layout.path("values", f"{name}.npz"), {**data, "seed": config.seed})
+            estimate = _estimate(config, reader, validation, utility, data, kept, progress)
             result = _result(run, validation, utility, estimate, paths)
             write_values(result, settings, fingerprint)
     return replace(result, seconds=time.perf_counter() - started)
@@ -144,21 +147,22 @@ def _estimate(
     validation: Validation,
     utility: UtilityName,
     data: dict[str, str],
+    kept: KeptMoments,
     progress: Progress,
 ) -> Estimate:
     """Run the method."""
     method = config.values.method
     if method == "freeshap":
-        return from_freeshap(config, reader, validation, utility, progress)
+        return from_freeshap(config, reader, validation, utility, kept, progress)
     if method == "knn_shapley":
         return from_neighbors(config, reader, validation, progress)
     if method not in _OPTIONS:
-        return from_representers(config, reader, validation, progress)
+        return from_representers(config, reader, validation, kept, progress)
     game = ValidationGame.of(reader, _kernel_settings(config, reader), validation)
     if method == "subset":
-        return from_subsets(config, game, progress)
+        return from_subsets(config, game, kept, progress)
     if method == "permutation":
-        return from_permutations(config, game, utility, progress)
+        return from_permutations(config, game, utility, kept, progress)
     return from_table(config, game, utility, data, progress)
 
 

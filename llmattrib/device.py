@@ -1,0 +1,63 @@
+"""Where a model's weights are held, and in how many bits: the device a config names, quantisation by bitsandbytes.
+
+Quantised weights are for a GPU; the embeddings and what is no linear layer keep `model.dtype`, and so do products.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from llmattrib.config import ModelConfig
+from llmattrib.errors import ConfigError
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device a config names; `auto` is the current GPU, or the CPU without one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"model.device is {name!r}", expected="auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model.device is {name!r} and there is no GPU", fix="set model.device to cpu or auto")
+    return device
+
+
+def quantisation(config: ModelConfig, dtype: str, device: torch.device, *, is_shared: bool = False) -> dict[str, Any]:
+    """Return what `from_pretrained` needs besides to hold linear layers in few bits; nothing without `quantization`.
+
+    Args:
+        config: the model's section.
+        dtype: what products are computed in.
+        device: of the weights.
+        is_shared: whether ranks share the weights (ZeRO-3).
+
+    Raises:
+        ConfigError: there is no GPU or no bitsandbytes, or ranks share the weights.
+    """
+    if config.quantization is None:
+        return {}
+    setting = f"model.quantization is {config.quantization}"
+    if is_shared:
+        raise ConfigError(f"{setting} under ZeRO-3", expected="one of the two", fix="set model.quantization=null")
+    if device.type != "cuda":
+        raise ConfigError(f"{setting} on the device {device}", expected="a GPU", fix="set model.quantization=null")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{setting} and bitsandbytes is not installed", fix="pip install bitsandbytes")
+    if config.quantization == "8bit":
+        bits = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    else:
+        bits = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+    return {"quantization_config": bits, "device_map": {"": device}}
