@@ -226,7 +226,7 @@ def ranks() -> Ranks:
     sharding = Sharding(_deepspeed_settings()) if is_shared else None
     on_cpu = not torch.cuda.is_available()
     try:
-        # Without cpu=True accelerate takes a rank without a GPU for a job of one process, and with it uses no DeepSpeed.
+        # With cpu=True accelerate uses no DeepSpeed; without it, it takes a rank without a GPU for a job of one.
         place: dict[str, Any] = {"cpu": on_cpu} if not is_shared else {"backend": "gloo"} if on_cpu else {}
         state = PartialState(**place, timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:

@@ -15,14 +15,24 @@ from llmattrib.errors import LlmattribError
 ROOT = Path(__file__).parents[1]
 
 
-def launch(script, *arguments, num_processes=2, config="cpu.yaml", timeout=300):
-    """Run a script by the real launcher, one thread a process."""
+def launch_command(script, *arguments, num_processes=2, config="cpu.yaml", options=()):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / config)]
-    command += ["--num_processes", str(num_processes), str(script), *map(str, arguments)]
+    return [*command, "--num_processes", str(num_processes), *options, str(script), *map(str, arguments)]
+
+
+def launch_env():
+    """The environment, one thread a process, without what an outer launcher has set."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    env["DS_ACCELERATOR"] = "cpu"
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+    return env
+
+
+def launch(script, *arguments, timeout=300, **settings):
+    """Run a script by the real launcher."""
+    command = launch_command(script, *arguments, **settings)
+    return subprocess.run(command, env=launch_env(), capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
 
 def test_one_process_needs_no_launcher(monkeypatch):

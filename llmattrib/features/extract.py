@@ -155,20 +155,21 @@ class Extractor:
         return [self._pass(point, batch, consume) for point in self._points]
 
     def _pass(self, point: _Point, batch: Batch, consume: _OutputConsumer) -> OutputValues:
-        output = 0
+        output, last, sharding = 0, self.num_outputs - 1, self.loaded.sharding
 
         def route(block: int, gradient: Tensor) -> None:
             consume(output, block, gradient)
 
         with self._at(point), capture(point.taps, route), torch.enable_grad():
-            logits, example, target = completion_logits(self.loaded.model, batch)
-            values = evaluate_output(self.output, Reading(logits, example, target, batch.labels), self.label_ids)
-            last = values.outputs.shape[0] - 1
             for output in range(last + 1):  # `route` reads it
+                if output == 0 or sharding:  # partitioned weights serve one backward of a forward
+                    logits, example, target = completion_logits(self.loaded.model, batch)
+                    reading = Reading(logits, example, target, batch.labels)
+                    values = evaluate_output(self.output, reading, self.label_ids)
                 scaled = values.outputs[output].sum() * self._loss_scale
-                scaled.backward(retain_graph=output < last)  # type: ignore[no-untyped-call]
-        if self.loaded.sharding:
-            self.loaded.sharding.release()
+                scaled.backward(retain_graph=output < last and not sharding)  # type: ignore[no-untyped-call]
+                if sharding:
+                    sharding.release()
         return OutputValues(values.outputs.detach(), values.loss, values.log_odds)
 
     @contextmanager
