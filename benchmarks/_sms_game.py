@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from llmattrib.build import build_features, encode_examples
+from llmattrib.build import build_features
 from llmattrib.config import RunConfig, validate_config
 from llmattrib.data import load_examples
 from llmattrib.estimators.moments import Moments
 from llmattrib.estimators.subset import Subset
+from llmattrib.extraction import encode_examples
 from llmattrib.games.kernel import KernelGame
 from llmattrib.query import Run
 from llmattrib.scorers.gradient import unit_rows

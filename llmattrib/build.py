@@ -2,7 +2,8 @@
 
 The first rank checks that the store fits the settings (or creates it, with a sketch planned on a sample) and hands
 out the shards that are not there yet; ranks then work alone. Batches are formed within a shard, so a row's bytes
-depend neither on the number of ranks nor on where an earlier run was stopped. Under a launcher a rank that fails ends
+depend neither on the number of ranks nor on where an earlier run was stopped. Data that has grown at its end extends
+the store (append.py), with the sketch that was planned on the first examples. Under a launcher a rank that fails ends
 the job; committed shards are kept, and a rerun computes the others. A signal to stop (signals.py) to any rank lets
 every rank finish the shard it is at.
 
@@ -13,35 +14,38 @@ runs padding batches whose features are thrown away.
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
+from llmattrib.append import content_fingerprint, extend
 from llmattrib.config import RunConfig, config_to_yaml
-from llmattrib.data import Example, data_fingerprint, load_examples, save_examples
-from llmattrib.distributed import Ranks, Sharding
-from llmattrib.encoding import Encoded, EncodedSet, encode_all, encoded_fingerprint, label_token_ids, length_batches
+from llmattrib.data import load_examples, save_examples
+from llmattrib.distributed import Ranks
+from llmattrib.encoding import Encoded, EncodedSet, length_batches
 from llmattrib.errors import (
     LlmattribError,
-    ModelNotFoundError,
     NonFiniteGradientError,
     StoppedError,
     StoreError,
     StoreNotFoundError,
-    memory_errors,
+)
+from llmattrib.extraction import (
+    batch_memory,
+    calibration_batches,
+    encode_examples,
+    extract_rows,
+    load_extractor,
+    model_fingerprint,
+    resolved_config,
 )
 from llmattrib.features.extract import COLUMNS, Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
 from llmattrib.lock import locked
-from llmattrib.model import load_model
 from llmattrib.progress import Progress, silent
 from llmattrib.signals import deferred
-from llmattrib.storage import atomic_write, exists, local_path
+from llmattrib.storage import atomic_write
 from llmattrib.store import Manifest, RowStore
 
 PACKAGES = ("llmattrib", "numpy", "peft", "tokenizers", "torch", "transformers", "zarr")
@@ -56,6 +60,7 @@ class BuildResult:
     Attributes:
         path: the store.
         num_examples: rows in it.
+        num_appended: of these, rows that this run added to a store that was there, as the data had grown.
         num_tokens: tokens of all examples.
         num_truncated: examples whose prompt was cut to fit.
         num_skipped: examples left out because they did not fit.
@@ -66,6 +71,7 @@ class BuildResult:
 
     path: str
     num_examples: int
+    num_appended: int
     num_tokens: int
     num_truncated: int
     num_skipped: int
@@ -74,118 +80,10 @@ class BuildResult:
     seconds: float
 
 
-def run_adapters(config: RunConfig) -> list[str]:
-    """Return the adapters of a run: those it names, else the one it trained, else none.
-
-    Raises:
-        ModelNotFoundError: features are asked for at the trained adapter and there is none; or it is not local.
-    """
-    if config.model.adapters:
-        return list(config.model.adapters)
-    if exists(config.layout.adapter):
-        local = local_path(config.layout.adapter)
-        if local is None:
-            raise ModelNotFoundError(
-                f"the adapter of the run is at {config.layout.adapter}",
-                expected="an adapter in a local folder",
-                fix="copy it here and name the copy in model.adapters",
-            )
-        return [str(local)]
-    if config.features.linearisation == "trained":
-        raise ModelNotFoundError(
-            f"there is no adapter: model.adapters is empty and {config.layout.adapter} does not exist",
-            expected="an adapter for features.linearisation=trained",
-            fix="run `llmattrib train` first, name your own in model.adapters, or set features.linearisation=init",
-        )
-    return []
-
-
-def load_extractor(config: RunConfig, sharding: Sharding | None = None) -> Extractor:
-    """Load the model of a run and what computes its features.
-
-    Args:
-        config: the run.
-        sharding: where ranks share the model's weights; all of them call.
-
-    Raises:
-        ModelError: base model or adapter is missing or does not fit.
-        LabelWordError: a label word is not one token.
-    """
-    loaded = load_model(config.model, adapters=run_adapters(config), sharding=sharding)
-    return Extractor(loaded, config.features, config.seed, label_token_ids(loaded.tokenizer, config.data))
-
-
-def encode_examples(config: RunConfig, extractor: Extractor, examples: Sequence[Example]) -> EncodedSet:
-    """Tokenise examples as the features of a run see them.
-
-    Raises:
-        OverlongExampleError, LabelWordError, EmptyDatasetError: see `encode_all`.
-    """
-    loaded = extractor.loaded
-    return encode_all(examples, loaded.tokenizer, config.data, loaded.max_length)
-
-
-def calibration_batches(config: RunConfig, encoded: Sequence[Encoded]) -> list[list[Encoded]]:
-    """Return evenly spaced examples, as batches, for planning a sketch."""
-    count = min(config.features.sketch.calibration_examples, len(encoded))
-    sample = [encoded[int(row)] for row in np.linspace(0, len(encoded) - 1, count).round()]
-    return [
-        [sample[row] for row in batch]
-        for batch in length_batches(list(map(len, sample)), config.features.tokens_per_batch)
-    ]
-
-
-def model_fingerprint(config: RunConfig, extractor: Extractor) -> dict[str, Any]:
-    """Return what features depend on besides the examples, as JSON; a query's model must agree in all of it."""
-    at_init = config.features.linearisation == "init"
-    model = {key: value for key, value in extractor.loaded.fingerprint.items() if not (at_init and key == "adapters")}
-    return {"model": model, **settings_fingerprint(config)}
-
-
-def settings_fingerprint(config: RunConfig) -> dict[str, Any]:
-    """Return the part of `model_fingerprint` that is known without the model."""
-    features, data = config.features, config.data
-    at_init = features.linearisation == "init"
-    sketch: dict[str, Any] = {"kind": features.sketch.kind}
-    if features.sketch.kind != "none":
-        sketch["dim"] = features.sketch.dim
-    if features.sketch.kind == "oporp":
-        sketch["calibration_examples"] = features.sketch.calibration_examples
-    return {
-        "features": {
-            "output": features.output,
-            "linearisation": features.linearisation,
-            "num_inits": features.num_inits if at_init else None,
-            "sketch": sketch,
-        },
-        "encoding": {
-            "chat_template": data.chat_template,
-            "system": data.system,
-            "label_words": list(data.label_words),
-        },
-        "seed": config.seed,
-    }
-
-
-def resolved_config(config: RunConfig) -> RunConfig:
-    """Return the run with relative paths that exist made absolute, so that it can be replayed from anywhere."""
-    model, data = config.model, config.data
-    model = model.model_copy(
-        update={"name": _absolute(model.name), "adapters": tuple(_absolute(path) for path in model.adapters)}
-    )
-    data = data.model_copy(update={"train": _absolute(data.train)})
-    values = config.values
-    if values.data is not None:
-        values = values.model_copy(update={"data": _absolute(values.data)})
-    return config.model_copy(update={"model": model, "data": data, "values": values})
-
-
-def _absolute(name: str) -> str:
-    return str(Path(name).absolute()) if Path(name).exists() else name
-
-
 def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Progress = silent) -> BuildResult:
     """Compute the features of all training examples into `config.layout.features`; go on where a run stopped.
+
+    When the data has grown at its end since, full shards are kept and only what is new is computed.
 
     Args:
         config: the run.
@@ -198,7 +96,7 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
     Raises:
         DataError: the examples cannot be used.
         ModelError: base model or adapter is missing or does not fit.
-        FingerprintMismatchError: a store of other settings is there.
+        FingerprintMismatchError: a store of other settings is there, or an old example was changed or removed.
         StoreLockedError: another build writes it now.
         DiskSpaceError: it would not fit on the disk.
         NonFiniteGradientError: an example's gradient is NaN or infinite.
@@ -214,7 +112,7 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
         extractor = ranks.in_passes(lambda: load_extractor(config, ranks.sharding))
         encoded = ranks.together(lambda: encode_examples(config, extractor, examples))
         plan = _plan(config, extractor, encoded.encoded, ranks)
-        todo = ranks.on_main(lambda: _prepare(config, extractor, encoded, plan))
+        todo, num_appended = ranks.on_main(lambda: _prepare(config, extractor, encoded, plan))
         store = RowStore.open(path, read_only=False)
         with deferred() as is_asked:
             done = _write(config, extractor, encoded, store, ranks, todo, progress, lambda: ranks.is_any(is_asked()))
@@ -224,6 +122,7 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
     return BuildResult(
         path=path,
         num_examples=len(encoded.encoded),
+        num_appended=num_appended,
         num_tokens=sum(map(len, encoded.encoded)),
         num_truncated=encoded.num_truncated,
         num_skipped=encoded.num_skipped,
@@ -233,12 +132,24 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
     )
 
 
-def _prepare(config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan: SketchPlan) -> list[int]:
-    """Create or check the store and save what belongs to it; return the shards to compute. First rank only."""
-    store = RowStore.create(config.layout.features, _manifest(config, extractor, encoded, plan))
+def _prepare(config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan: SketchPlan) -> tuple[list[int], int]:
+    """Create, check or extend the store and save what belongs to it. First rank only.
+
+    Returns:
+        The shards to compute, and how many rows were added to a store that was there.
+    """
+    path, num_appended = config.layout.features, 0
+    manifest = _manifest(config, extractor, encoded, plan)
+    try:
+        stored = RowStore.open(path, read_only=False)
+    except StoreNotFoundError:
+        pass
+    else:
+        num_appended = extend(stored, manifest, encoded, config.layout.examples)
+    store = RowStore.create(path, manifest)
     save_examples(encoded.examples, config.layout.examples)
     atomic_write(config.layout.config, config_to_yaml(resolved_config(config)).encode())
-    return store.pending()
+    return store.pending(), num_appended
 
 
 def _plan(config: RunConfig, extractor: Extractor, encoded: Sequence[Encoded], ranks: Ranks) -> SketchPlan:
@@ -262,7 +173,7 @@ def _plan(config: RunConfig, extractor: Extractor, encoded: Sequence[Encoded], r
 
 
 def _manifest(config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan: SketchPlan) -> Manifest:
-    data = {"examples": data_fingerprint(encoded.examples), "tokens": encoded_fingerprint(encoded.encoded)}
+    data = content_fingerprint(encoded.examples, encoded.encoded)
     return Manifest(
         kind="features",
         num_rows=len(encoded.encoded),
@@ -274,6 +185,7 @@ def _manifest(config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan
         fingerprint={**model_fingerprint(config, extractor), "data": data},
         info={
             "sketch_plan": plan.to_json(),
+            "sketch_rows": len(encoded.encoded),
             "label_ids": list(extractor.label_ids),
             "num_truncated": encoded.num_truncated,
             "num_skipped": encoded.num_skipped,
@@ -367,67 +279,3 @@ def _require_all(store: RowStore, done: Sequence[int], is_stopped: bool) -> None
             fix="run the same command again: it goes on from there",
         )
     store.require_complete(MADE_BY)
-
-
-def extract_rows(
-    config: RunConfig,
-    extractor: Extractor,
-    sketch: Sketch,
-    encoded: Sequence[Encoded],
-    examples: Sequence[Example],
-    progress: Progress = silent,
-) -> tuple[Float[np.ndarray, "m c p"], dict[str, Float[np.ndarray, " m"]]]:
-    """Compute the features of tokenised examples in batches of similar length.
-
-    Args:
-        config: the run; reads `features.tokens_per_batch`.
-        extractor: from `load_extractor`.
-        sketch: the store's, or an exact one.
-        encoded: m tokenised examples.
-        examples: the same examples, for error messages.
-        progress: told of examples done.
-
-    Returns:
-        Features, and the columns of the store, in the order of `encoded`.
-
-    Raises:
-        NonFiniteGradientError: an example's gradient is NaN or infinite.
-        DeviceMemoryError: a batch does not fit on the device.
-    """
-    rows = np.empty((len(encoded), extractor.num_outputs, sketch.dim), np.float32)
-    columns = {name: np.empty(len(encoded), np.float32) for name in COLUMNS}
-    num_done = 0
-    for batch in length_batches(list(map(len, encoded)), config.features.tokens_per_batch):
-        with batch_memory(config, len(batch)):
-            features = extractor.extract([encoded[row] for row in batch], sketch)
-        bad = features.nonfinite_rows()
-        if bad:
-            raise _not_finite(examples[batch[bad[0]]], float(features.columns["loss"][bad[0]]))
-        rows[batch] = features.phi
-        for name in COLUMNS:
-            columns[name][batch] = features.columns[name]
-        num_done += len(batch)
-        progress(num_done, len(encoded))
-    return rows, columns
-
-
-def _not_finite(example: Example, loss: float) -> NonFiniteGradientError:
-    return NonFiniteGradientError(
-        f"the gradient of example {example.id!r} (row {example.index}) is NaN or infinite; its loss is {loss:g}",
-        expected="finite numbers",
-        fix="look at that example's text; if it is in order, try model.dtype=float32 (or bfloat16 for float16)",
-    )
-
-
-def batch_memory(config: RunConfig, num_examples: int) -> AbstractContextManager[None]:
-    """Name the batch size to try when a batch of features does not fit."""
-    budget = config.features.tokens_per_batch
-    smaller = f"set features.tokens_per_batch={max(1, budget // 2)}"
-    shorter = (
-        "set data.max_length and data.overlong=truncate (the batch is one example already), or use a smaller dtype"
-    )
-    return memory_errors(
-        f"a batch of {num_examples} examples (features.tokens_per_batch is {budget})",
-        expected="room for the activations of one batch beside the model",
-        fix=f"{smaller if num_examples > 1 else shorter}; finished shards are kept",
-    )

@@ -109,7 +109,10 @@ def _train(run: "RunConfig", quiet: bool) -> None:
 
 @app.command(rich_help_panel="Stages")
 def build(config: Config, overrides: Overrides = None, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Compute the gradient features of every training example. Goes on where a stopped build ended."""
+    """Compute the gradient features of every training example. Goes on where a stopped build ended.
+
+    Examples added at the end of the data since are appended; those that are there are not computed again.
+    """
     from llmattrib import console
 
     with console.reporting(debug):
@@ -129,6 +132,7 @@ def _build(run: "RunConfig", quiet: bool) -> bool:
         _say(
             quiet,
             f"{_verb(result.num_shards_done == 0)} {result.path}: {result.num_examples:,} examples"
+            f"{f' ({result.num_appended:,} of them new)' if result.num_appended else ''}"
             f"{_dropped(result.num_truncated, result.num_skipped)}, {result.num_tokens:,} tokens, "
             f"{result.num_shards_done} of {result.num_shards} shards computed now, {result.seconds:.1f} s",
         )

@@ -142,7 +142,8 @@ class FingerprintMismatchError(StoreError):
         rows = "; ".join(f"{key}: stored {old!r}, now {new!r}" for key, (old, new) in self.differing.items())
         super().__init__(
             f"{path} was made with other settings ({rows})",
-            expected="the same model, adapter, data, output function, linearisation point, sketch and dtype",
+            expected="the same model, adapter, data (rows may be added at its end), output function, "
+            "linearisation point, sketch and dtype",
             fix="restore those settings, or name another run_dir, or delete the store to compute it again",
         )
 

@@ -10,7 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llmattrib.errors import StoreError
+
 SCHEMA = 1
+CHUNK_ROWS = 64
 SCALE = "scale"
 """Name of the column that a store keeps for itself."""
 
@@ -49,11 +52,34 @@ class Manifest:
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name), sort_keys=True)))
 
     @property
+    def chunk_rows(self) -> int:
+        """Rows of an inner chunk: the largest divisor of the shard size up to 64, as chunks fill a shard evenly."""
+        return next(rows for rows in range(min(CHUNK_ROWS, self.shard_size), 0, -1) if self.shard_size % rows == 0)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all rows and columns on disk, without the few of chunk indexes and records."""
         per_row = self.num_outputs * self.dim * np.dtype(self.dtype).itemsize + 4 * (1 + len(self.columns))
         num_shards = -(-self.num_rows // self.shard_size)
         return num_shards * self.shard_size * per_row  # the last shard is padded
+
+    def check_rows(self, path: str, start: int, stop: int, rows: np.ndarray, scalars: Mapping[str, np.ndarray]) -> None:
+        """Refuse rows [start, stop) that do not fit: not float32, of another shape or with other columns, not finite.
+
+        Raises:
+            StoreError: names `path` and the shard or the row.
+        """
+        place, shape = f"shard {start // self.shard_size} of {path}", (stop - start, self.num_outputs, self.dim)
+        if rows.shape != shape or rows.dtype != np.float32:
+            raise StoreError(f"{place} got rows {rows.dtype}{list(rows.shape)}", expected=f"float32{list(shape)}")
+        if set(scalars) != set(self.columns) or any(len(values) != shape[0] for values in scalars.values()):
+            raise StoreError(
+                f"{place} got columns { ({key: len(values) for key, values in scalars.items()}) }",
+                expected=f"{shape[0]} values for each of {list(self.columns)}",
+            )
+        finite = np.isfinite(rows).all(axis=(1, 2))
+        if not finite.all():
+            raise StoreError(f"row {start + int(np.argmin(finite))} of {path} is not finite", expected="finite numbers")
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as it is stored."""

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from llmattrib.build import batch_memory, extract_rows, load_extractor, model_fingerprint
 from llmattrib.config import Method, RunConfig, load_config
 from llmattrib.data import Example, Message, label_word, read_examples
 from llmattrib.encoding import Encoded, collate, encode, encode_prompt, end_of_turn_id, length_batches
 from llmattrib.errors import ConfigError, FingerprintMismatchError, MethodError, StaleIndexError
 from llmattrib.estimators.q_profile import QProfile
+from llmattrib.extraction import batch_memory, extract_rows, load_extractor, model_fingerprint
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
 from llmattrib.forward import completion_logits

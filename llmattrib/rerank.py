@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from llmattrib.build import encode_examples, extract_rows
 from llmattrib.config import Method, RunConfig
 from llmattrib.data import Example
 from llmattrib.encoding import Encoded
 from llmattrib.errors import MethodError
+from llmattrib.extraction import encode_examples, extract_rows
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch
 from llmattrib.scorers.gradient import unit_rows

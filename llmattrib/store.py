@@ -13,7 +13,9 @@ bytes depend on the rows alone. Stored values are `row / scale` with a power of 
 2^-11 of an entry or 2^-38 of the row's largest, whichever is more, and a row read and written again is the same.
 Nothing is compressed: zstd saves 8 % of a float16 sketch, or 15 % at 0.1 GB/s.
 
-Limits: the number of rows is fixed when a store is made. Random access reads an inner chunk (about 64 rows).
+Rows are added at the end alone (`extend`): full shards stay as they are, a last one that was not full is written again.
+
+Limits: random access reads an inner chunk (about 64 rows).
 Only the manifest and one listing of commits/ are read to open a store. This module alone imports zarr.
 Source: Zarr v3 core specification and its sharding_indexed and crc32c codecs.
 """
@@ -45,8 +47,8 @@ from llmattrib.quantize import quantize
 
 __all__ = ["Manifest", "RowStore", "quantize"]
 
-CHUNK_ROWS = 64
 _KEY = "llmattrib"
+_REOPENED = "reopened"  # in `info`, while a store is extended: the shard whose commit record no longer counts
 Shape = tuple[int, ...]
 REMAKE = "delete the store and run the stage that made it again"
 
@@ -111,6 +113,7 @@ class RowStore:
         keys = differing(store.manifest.compared(), manifest.compared())
         if keys:
             raise FingerprintMismatchError(path, keys)
+        store._settle()
         for folder in ("", "/rows", "/columns", "/commits", "/vectors"):
             storage.remove_partial(path + folder)
         storage.require_space(path, len(store.pending()) * manifest.num_bytes // store.num_shards)
@@ -140,6 +143,45 @@ class RowStore:
         with storage.named_errors(path):
             return cls(path, Manifest.from_json(stored), read_only)
 
+    def extend(self, manifest: Manifest) -> None:
+        """Plan more rows at the end, by one process; a crash in the middle leaves the old plan or the new one.
+
+        Args:
+            manifest: of more rows than are there, the first of them the same; its `info` replaces the stored one.
+
+        Raises:
+            DiskSpaceError: they would not fit.
+            StoreError: the path cannot be written.
+        """
+        self._settle()
+        old = self.manifest
+        assert manifest.num_rows > old.num_rows
+        storage.require_space(self.path, manifest.num_bytes - old.num_bytes)
+        last, num_over = divmod(old.num_rows, old.shard_size)
+        reopened = {_REOPENED: last} if num_over else {}
+        self._resize(manifest.num_rows)  # first: a reader goes by the manifest, and may find arrays that are longer
+        self._save(dataclasses.replace(manifest, info={**manifest.info, **reopened}))
+        self._settle()
+
+    def _settle(self) -> None:
+        """End what a killed `extend` left."""
+        self._resize(self.manifest.num_rows)
+        info = dict(self.manifest.info)
+        if _REOPENED in info:
+            storage.remove(record_path(self.path, info.pop(_REOPENED)))
+            self._save(dataclasses.replace(self.manifest, info=info))
+
+    def _resize(self, num_rows: int) -> None:
+        with storage.named_errors(self.path):
+            for array in (self._rows, self._columns):
+                if array.shape[0] != num_rows:
+                    array.resize((num_rows, *array.shape[1:]))
+
+    def _save(self, manifest: Manifest) -> None:
+        with storage.named_errors(self.path):
+            self._group.attrs.update({_KEY: manifest.to_json()})
+        self.manifest = manifest
+
     def _array(self, name: str) -> zarr.Array[Any]:
         try:
             array = self._group[name]
@@ -160,7 +202,7 @@ class RowStore:
 
     def refresh(self) -> None:
         """List the commit records again: one listing, no file is read."""
-        self._committed = {*committed(self.path)}
+        self._committed = {*committed(self.path)} - {self.manifest.info.get(_REOPENED)}
 
     def pending(self) -> list[int]:
         """Return the shards without a commit record, in order, as of now."""
@@ -202,8 +244,8 @@ class RowStore:
             DiskSpaceError: the disk is full; nothing is committed.
         """
         start, stop = self.shard_range(shard)
-        shape = (stop - start, self.manifest.num_outputs, self.manifest.dim)
-        self._check_writable(shard, rows, scalars, shape)
+        self._check_writable(shard)
+        self.manifest.check_rows(self.path, start, stop, rows, scalars)
         stored, scale = quantize(rows, self.manifest.dtype)
         columns = np.stack([scale, *(scalars[name] for name in self.manifest.columns)], axis=1).astype("<f4")
         files = f"{self.path}/rows/c/{shard}", f"{self.path}/columns/c/{shard}"
@@ -217,25 +259,11 @@ class RowStore:
         commit(self.path, shard, stored, columns)
         self._committed.add(shard)
 
-    def _check_writable(
-        self, shard: int, rows: np.ndarray, scalars: Mapping[str, np.ndarray], shape: tuple[int, int, int]
-    ) -> None:
+    def _check_writable(self, shard: int) -> None:
         if self._read_only:
             raise StoreError(f"{self.path} was opened for reading", fix="open it with read_only=False")
         if shard in self._committed:
             raise StoreError(f"shard {shard} of {self.path} is committed already", expected="a pending shard")
-        if rows.shape != shape or rows.dtype != np.float32:
-            found = f"shard {shard} of {self.path} got rows {rows.dtype}{list(rows.shape)}"
-            raise StoreError(found, expected=f"float32{list(shape)}")
-        if set(scalars) != set(self.manifest.columns) or any(len(values) != shape[0] for values in scalars.values()):
-            raise StoreError(
-                f"shard {shard} of {self.path} got columns { ({key: len(values) for key, values in scalars.items()}) }",
-                expected=f"{shape[0]} values for each of {list(self.manifest.columns)}",
-            )
-        finite = np.isfinite(rows).all(axis=(1, 2))
-        if not finite.all():
-            row = shard * self.manifest.shard_size + int(np.argmin(finite))
-            raise StoreError(f"row {row} of {self.path} is not finite", expected="finite numbers")
 
     def _corrupt(self, shard: int, what: str) -> CorruptShardError:
         return CorruptShardError(
@@ -346,9 +374,7 @@ class RowStore:
 
     def update_info(self, info: Mapping[str, Any]) -> None:
         """Add keys to the manifest's `info`, in one atomic write; by one process."""
-        self.manifest = dataclasses.replace(self.manifest, info={**self.manifest.info, **info})
-        with storage.named_errors(self.path):
-            self._group.attrs.update({_KEY: self.manifest.to_json()})
+        self._save(dataclasses.replace(self.manifest, info={**self.manifest.info, **info}))
 
     def _records(self) -> dict[int, bytes]:
         self.refresh()
@@ -392,11 +418,6 @@ class RowStore:
         return [] if finite.all() else [f"holds row {start + int(np.argmin(finite))}, which is not finite"]
 
 
-def _chunk_rows(shard_size: int) -> int:
-    """Return the largest divisor of the shard size that is at most 64: inner chunks must fill a shard evenly."""
-    return next(rows for rows in range(min(CHUNK_ROWS, shard_size), 0, -1) if shard_size % rows == 0)
-
-
 def make_array(
     path: str, name: str, shape: Shape, chunks: Shape, dtype: str, shards: Shape | None = None
 ) -> zarr.Array[Any]:
@@ -420,6 +441,6 @@ def _make(path: str, manifest: Manifest) -> None:
     n, size, width = manifest.num_rows, manifest.shard_size, 1 + len(manifest.columns)
     inner = manifest.num_outputs, manifest.dim
     group = open_group(path, "a")
-    make_array(path, "rows", (n, *inner), (_chunk_rows(size), *inner), manifest.dtype, (size, *inner))
+    make_array(path, "rows", (n, *inner), (manifest.chunk_rows, *inner), manifest.dtype, (size, *inner))
     make_array(path, "columns", (n, width), (size, width), "float32")
     group.attrs.update({_KEY: manifest.to_json()})

@@ -30,11 +30,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmattrib import storage
-from llmattrib.build import settings_fingerprint
 from llmattrib.commits import Problem, record_path
 from llmattrib.config import RunConfig
 from llmattrib.data import data_fingerprint, read_examples
 from llmattrib.errors import DataError, StoreError, StoreNotFoundError
+from llmattrib.extraction import settings_fingerprint
 from llmattrib.index import verify_index
 from llmattrib.lock import holder, lock_path, locked
 from llmattrib.manifest import differing
@@ -333,7 +333,7 @@ class _Checks:
         return f"rm {shlex.quote(kept)} && {fill}" if storage.exists(kept) else fill
 
     def values_of(self, name: str, features: str | None) -> Iterator[Finding]:
-        """The three files of one method."""
+        """The three files of one method; its samples are checked by who reads them."""
         files = tuple(self.layout.path("values", name + end) for end in VALUES_FILES)
         method, what = name, ""
         try:
@@ -352,7 +352,8 @@ class _Checks:
             what = f"is missing a file or cannot be read ({error})"
         if what:
             extra = [] if method == self.config.values.method else [f"values.method={method}"]
-            yield Finding(self.short(files[0]), what, self.command("values", *extra), removable=files)
+            samples = (self.layout.path("values", f"{name}.npz"),) if what == OUTDATED else ()
+            yield Finding(self.short(files[0]), what, self.command("values", *extra), removable=files + samples)
 
     def leftovers(self) -> Iterator[Finding]:
         """Temporary files of killed processes; object stores have none."""

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import CONTEXT, tiny_adapter_dir, tiny_rows, tiny_run, tiny_tokenizer
 
-from llmattrib import build
-from llmattrib.build import build_features, calibration_batches, encode_examples, load_extractor, resolved_config
+from llmattrib import extraction
+from llmattrib.build import build_features
 from llmattrib.config import config_to_yaml, load_config
 from llmattrib.data import load_examples, read_examples
 from llmattrib.errors import (
@@ -25,6 +25,7 @@ from llmattrib.errors import (
     OverlongExampleError,
     StoreLockedError,
 )
+from llmattrib.extraction import calibration_batches, encode_examples, load_extractor, resolved_config
 from llmattrib.features.extract import COLUMNS, Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
 from llmattrib.lock import locked
@@ -244,12 +245,12 @@ def test_the_adapter_that_was_trained_here_is_found(tmp_path):
 def test_the_adapter_of_a_run_at_a_url(tmp_path, run):
     adapter = Path(tiny_adapter_dir(tmp_path / "run", run.model.name))
     at_url = run.model_copy(update={"run_dir": f"file://{run.run_dir}"})
-    assert build.run_adapters(at_url) == build.run_adapters(run) == [str(adapter)]
+    assert extraction.run_adapters(at_url) == extraction.run_adapters(run) == [str(adapter)]
     remote = run.model_copy(update={"run_dir": f"memory://{tmp_path.name}"})
-    assert build.run_adapters(remote) == []
+    assert extraction.run_adapters(remote) == []
     atomic_write(remote.layout.adapter + "/adapter_config.json", b"{}")
     with pytest.raises(ModelNotFoundError, match=r"is at memory://[\s\S]*name the copy in model\.adapters"):
-        build.run_adapters(remote)
+        extraction.run_adapters(remote)
 
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -333,7 +334,7 @@ def test_mistakes_leave_nothing_behind(run):
 
 
 def test_a_store_that_is_being_written_is_left_alone(run, monkeypatch):
-    monkeypatch.setattr(build, "load_model", lambda *_, **__: pytest.fail("a model was loaded in vain"))
+    monkeypatch.setattr(extraction, "load_model", lambda *_, **__: pytest.fail("a model was loaded in vain"))
     with locked(run.layout.features), pytest.raises(StoreLockedError, match="is being written by process"):
         build_features(run)
 

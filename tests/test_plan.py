@@ -14,12 +14,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from llmattrib.build import build_features, encode_examples, load_extractor
+from llmattrib.build import build_features
 from llmattrib.cli import app
 from llmattrib.config import RunConfig, load_config, validate_config
 from llmattrib.data import load_examples
 from llmattrib.encoding import length_batches
 from llmattrib.errors import ConfigError, ModelNotFoundError
+from llmattrib.extraction import encode_examples, load_extractor
 from llmattrib.features.extract import COLUMNS
 from llmattrib.features.sketch import Sketch
 from llmattrib.index import build_index
@@ -155,7 +156,7 @@ MEASURE = """
 import json, sys, threading, time
 import torch
 import transformers.models.llama.modeling_llama
-from llmattrib.build import load_extractor
+from llmattrib.extraction import load_extractor
 from llmattrib.config import load_config
 from llmattrib.encoding import Encoded
 from llmattrib.features.sketch import Sketch

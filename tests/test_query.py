@@ -14,7 +14,7 @@ import torch
 from tiny import LABEL_WORDS, tiny_rows, tiny_run
 from transformers import AutoModelForCausalLM
 
-from llmattrib.build import build_features, encode_examples, load_extractor
+from llmattrib.build import build_features
 from llmattrib.config import METHODS, DataConfig, RunConfig
 from llmattrib.data import Example, user_message
 from llmattrib.encoding import encode, encode_prompt
@@ -29,6 +29,7 @@ from llmattrib.errors import (
     StaleIndexError,
     StoreNotFoundError,
 )
+from llmattrib.extraction import encode_examples, load_extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
 from llmattrib.hits import Hit, Hits, Query, read_queries, write_hits
 from llmattrib.index import build_index

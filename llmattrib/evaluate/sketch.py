@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from scipy.stats import spearmanr
 
-from llmattrib.build import calibration_batches, encode_examples, extract_rows
 from llmattrib.config import RunConfig
 from llmattrib.data import Example, read_examples
 from llmattrib.encoding import Encoded
 from llmattrib.errors import FeatureError, MethodError
+from llmattrib.extraction import calibration_batches, encode_examples, extract_rows
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
 from llmattrib.progress import Progress, silent

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmattrib.build import run_adapters
 from llmattrib.config import RunConfig
 from llmattrib.data import load_examples
 from llmattrib.encoding import Encoded, encode_all, length_batches, length_limit
 from llmattrib.errors import ConfigError, ModelNotFoundError
+from llmattrib.extraction import run_adapters
 from llmattrib.plan import cost
 from llmattrib.plan.cost import Tokens
 from llmattrib.plan.shape import BatchShape, EmptyModel, ModelShape, batch_peak, empty_model

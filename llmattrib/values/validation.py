@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from llmattrib import storage
-from llmattrib.build import encode_examples, extract_rows, settings_fingerprint
 from llmattrib.config import RunConfig, digest
 from llmattrib.data import Example, data_fingerprint, load_examples
 from llmattrib.errors import ConfigError, DataError, FingerprintMismatchError, StoreNotFoundError
+from llmattrib.extraction import encode_examples, extract_rows, settings_fingerprint
 from llmattrib.features.extract import COLUMNS
 from llmattrib.manifest import differing
 from llmattrib.progress import Progress, silent
