@@ -9,8 +9,7 @@ trained with: an equal run reuses it, another one is refused.
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,11 @@ from llmattrib.adapters import RECORD
 from llmattrib.config import RunConfig
 from llmattrib.data import data_fingerprint, load_examples
 from llmattrib.device import resolve_device
-from llmattrib.encoding import Encoded, EncodedSet, collate, encode_all, encoded_fingerprint
-from llmattrib.errors import ConfigError, FingerprintMismatchError, NonFiniteGradientError, memory_errors
-from llmattrib.forward import completion_logits, loss_scale
+from llmattrib.encoding import Encoded, EncodedSet, encode_all, encoded_fingerprint
+from llmattrib.errors import ConfigError, FingerprintMismatchError
+from llmattrib.finetune import FineTuning
 from llmattrib.model import LoadedModel, prepare_trainable, save_adapter
 from llmattrib.progress import Progress, silent
-from llmattrib.rng import stream
 from llmattrib.storage import atomic_write, named_errors, require_space
 from llmattrib.weights import (
     context_length,
@@ -161,20 +159,17 @@ def _train(
     device = resolve_device(config.model.device)
     dtype = training_dtype(config.train.dtype, device)
     loaded = prepare_trainable(config.model, dtype, config.seed, str(device))
-    factors = _named_factors(loaded)
-    _require_space(target, factors)
-    optimizer = torch.optim.AdamW(
-        factors.values(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay
-    )
-    losses = _restore(state_file, factors, optimizer, fingerprint)
+    tuning = FineTuning(loaded, config.train, config.model.lora.dropout, config.seed)
+    _require_space(target, tuning.factors)
+    losses = _restore(state_file, tuning, fingerprint)
     progress(len(losses) * len(encoded), config.train.epochs * len(encoded))
     for epoch in range(len(losses), config.train.epochs):
-        losses.append(_epoch(config, loaded, optimizer, encoded, ids, epoch, progress))
+        losses.append(tuning.epoch(encoded, ids, epoch, progress))
         if epoch + 1 < config.train.epochs:
-            _save_state(state_file, factors, optimizer, fingerprint, losses)
+            _save_state(state_file, tuning, fingerprint, losses)
     record = {
         "fingerprint": fingerprint,
-        "num_steps": config.train.epochs * _num_batches(len(encoded), config.train.batch_size),
+        "num_steps": config.train.epochs * -(-len(encoded) // config.train.batch_size),
         "losses": losses,
         "dtype": dtype,
     }
@@ -183,112 +178,11 @@ def _train(
     return record
 
 
-def _epoch(
-    config: RunConfig,
-    loaded: LoadedModel,
-    optimizer: torch.optim.Optimizer,
-    encoded: Sequence[Encoded],
-    ids: Sequence[str],
-    epoch: int,
-    progress: Progress,
-) -> float:
-    """Train one epoch; return its mean loss a completion token."""
-    settings = config.train
-    order = stream(config.seed, "train_order", epoch).permutation(len(encoded)).tolist()
-    num_batches = _num_batches(len(encoded), settings.batch_size)
-    total_loss, total_tokens = 0.0, 0
-    for number in range(num_batches):
-        rows = order[number * settings.batch_size : (number + 1) * settings.batch_size]
-        step = epoch * num_batches + number
-        rate = settings.learning_rate * learning_rate_factor(step, settings.epochs * num_batches, settings.warmup_ratio)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with _dropout_stream(config, step), _device_memory(settings.batch_size, len(rows)):
-            loss, tokens = _backward(loaded, [encoded[row] for row in rows])
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-        if not bool(torch.isfinite(norm)):
-            raise NonFiniteGradientError(
-                f"the gradient is {float(norm)} in step {step + 1} (epoch {epoch + 1}), "
-                f"among the examples {', '.join(repr(ids[row]) for row in rows)}",
-                expected="finite numbers",
-                fix="look at these examples, lower train.learning_rate, or set train.dtype to bfloat16 or float32",
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        total_loss, total_tokens = total_loss + loss * tokens, total_tokens + tokens
-        progress(epoch * len(encoded) + number * settings.batch_size + len(rows), settings.epochs * len(encoded))
-    return total_loss / total_tokens
-
-
-def _backward(loaded: LoadedModel, examples: Sequence[Encoded]) -> tuple[float, int]:
-    """Accumulate the gradient of the batch's mean loss; return that loss and its number of tokens."""
-    scale = loss_scale(loaded)
-    batch = collate(examples, loaded.pad_id).to(loaded.device)
-    logits, _, target = completion_logits(loaded.model, batch)
-    loss = torch.nn.functional.cross_entropy(logits, target)
-    (loss * scale).backward()  # type: ignore[no-untyped-call]
-    if scale != 1.0:
-        for parameter in loaded.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= scale
-    return loss.item(), len(target)
-
-
-def _device_memory(batch_size: int, num_examples: int) -> AbstractContextManager[None]:
-    """Name the batch size to try when a batch does not fit."""
-    smaller = f"set train.batch_size={max(1, batch_size // 2)}"
-    shorter = (
-        "set data.max_length and data.overlong=truncate (the batch is one example already), or train.dtype=bfloat16"
-    )
-    return memory_errors(
-        f"a batch of {num_examples} examples (train.batch_size is {batch_size})",
-        expected="room for the activations of one batch beside the model",
-        fix=smaller if num_examples > 1 else shorter,
-    )
-
-
 def training_dtype(dtype: str, device: torch.device) -> str:
     """Return the dtype that `auto` stands for on a device, or `dtype` itself."""
     if dtype != "auto":
         return dtype
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-
-
-def learning_rate_factor(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """Return the share of the learning rate at a step: linear up over the warm-up, then linear down towards zero.
-
-    Args:
-        step: from 0.
-        num_steps: steps in all.
-        warmup_ratio: share of the steps that warm up.
-    """
-    warmup = round(warmup_ratio * num_steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return (num_steps - step) / (num_steps - warmup)
-
-
-@contextmanager
-def _dropout_stream(config: RunConfig, step: int) -> Iterator[None]:
-    """Draw dropout masks of a step from a stream of its own, so that a resumed run draws the same."""
-    dropout = config.model.lora.dropout > 0
-    with torch.random.fork_rng() if dropout else nullcontext():
-        if dropout:
-            torch.manual_seed(int(stream(config.seed, "dropout", step).integers(2**63)))
-        yield
-
-
-def _num_batches(num_examples: int, batch_size: int) -> int:
-    return -(-num_examples // batch_size)
-
-
-def _named_factors(loaded: LoadedModel) -> dict[str, Tensor]:
-    """Return the trained tensors by name, in the order of the model."""
-    named: dict[str, Tensor] = {}
-    for layer in loaded.layers:
-        named[f"{layer.name}.A"], named[f"{layer.name}.B"], _ = layer.factors("default")
-    return named
 
 
 def _require_space(target: Path, factors: Mapping[str, Tensor]) -> None:
@@ -307,17 +201,11 @@ def _save(loaded: LoadedModel, target: Path, base_name: str, record: Mapping[str
         (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _save_state(
-    path: Path,
-    factors: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    fingerprint: Mapping[str, Any],
-    losses: Sequence[float],
-) -> None:
+def _save_state(path: Path, tuning: FineTuning, fingerprint: Mapping[str, Any], losses: Sequence[float]) -> None:
     """Write factors and optimizer moments, atomically."""
     tensors: dict[str, Tensor] = {}
-    for name, factor in factors.items():
-        moments = optimizer.state[factor]
+    for name, factor in tuning.factors.items():
+        moments = tuning.optimizer.state[factor]
         values = (factor, moments["exp_avg"], moments["exp_avg_sq"])
         tensors |= {f"{name}.{kind}": value.detach().cpu() for kind, value in zip(_STATE, values, strict=True)}
         steps = float(moments["step"])
@@ -326,19 +214,17 @@ def _save_state(
 
 
 @torch.no_grad()
-def _restore(
-    path: Path, factors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, fingerprint: Mapping[str, Any]
-) -> list[float]:
+def _restore(path: Path, tuning: FineTuning, fingerprint: Mapping[str, Any]) -> list[float]:
     """Read the state of an interrupted run; return the losses of its finished epochs (none without a state)."""
     if not path.is_file():
         return []
     with safe_open(path, framework="pt") as file:
         state = json.loads(file.metadata()["state"])
         _compare(path, state["fingerprint"], fingerprint)
-        for name, factor in factors.items():
+        for name, factor in tuning.factors.items():
             values = [file.get_tensor(f"{name}.{kind}").to(factor.device) for kind in _STATE]
             factor.copy_(values[0])
-            optimizer.state[factor] = {
+            tuning.optimizer.state[factor] = {
                 "step": torch.tensor(state["steps"]),
                 "exp_avg": values[1],
                 "exp_avg_sq": values[2],

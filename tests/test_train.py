@@ -26,9 +26,10 @@ from llmattrib.errors import (
     NonFiniteGradientError,
     StoreError,
 )
+from llmattrib.finetune import learning_rate_factor
 from llmattrib.model import load_model, prepare_trainable
 from llmattrib.rng import stream
-from llmattrib.train import learning_rate_factor, train_adapter, training_dtype
+from llmattrib.train import train_adapter, training_dtype
 from tests.tiny import CONTEXT, FAMILIES, tiny_adapter_dir, tiny_run, tiny_tokenizer
 
 
@@ -296,7 +297,7 @@ def test_running_out_of_memory_names_the_batch_size_to_try(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     config = tiny_run(tmp_path, num_rows=6, train={"batch_size": batch_size})
-    monkeypatch.setattr("llmattrib.train.completion_logits", fail)
+    monkeypatch.setattr("llmattrib.finetune.completion_logits", fail)
     message = rf"(?s)a batch of {batch_size} examples \(train\.batch_size is {batch_size}\) does not fit.*{advice}"
     with pytest.raises(DeviceMemoryError, match=message):
         train_adapter(config)
