@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from llmattrib.build import build_features
-from llmattrib.config import METHODS, load_config
+from llmattrib.config import load_config
 from llmattrib.demo import score
 from llmattrib.evaluate.sketch import sketch_fidelity
 from llmattrib.facts import choose_facts, make_probes
@@ -29,6 +29,7 @@ from llmattrib.hits import Query
 from llmattrib.index import build_index
 from llmattrib.query import Run
 from llmattrib.reduce import reduce_run
+from llmattrib.sections import METHODS
 
 RESULT = Path(__file__).parent / "results" / "demo.json"
 README = Path(__file__).parent.parent / "README.md"

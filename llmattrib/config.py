@@ -1,6 +1,6 @@
 """One run is one YAML file, validated into frozen models.
 
-Each section is owned by the stage it configures. `load_config` reads a file and applies `section.key=value`
+Its sections are in sections.py. `load_config` reads a file and applies `section.key=value`
 overrides; unknown keys are errors. Paths are taken relative to the working directory. The module knows nothing
 about torch, models or stores.
 """
@@ -10,302 +10,32 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
 from llmattrib.errors import ConfigError
 from llmattrib.layout import RunLayout
-from llmattrib.methods import canonical
-from llmattrib.storage import read_bytes
-
-Method = Annotated[str, AfterValidator(canonical)]
-"""The canonical name of a method; see methods.py for its forms."""
-METHODS: tuple[Method, ...] = ("shapley", "influence", "trak", "grad_dot", "grad_cos")
-"""What `reduce` does when nothing is said."""
-ValuesMethod = (
-    Literal["permutation", "subset", "one_sample", "msr_banzhaf", "ame_lasso", "knn_shapley", "freeshap"] | Method
+from llmattrib.sections import (
+    DataConfig,
+    FeaturesConfig,
+    IndexConfig,
+    ModelConfig,
+    Place,
+    PlanConfig,
+    QueryConfig,
+    ReduceConfig,
+    Section,
+    SlurmConfig,
+    TrainConfig,
+    ValuesConfig,
 )
-"""Data values by sampling or a game of their own, or by a method of reduce."""
-OutputFunction = Literal["loss", "log_odds", "margin", "logits", "pntk"]
-PositiveInt = Annotated[int, Field(gt=0)]
-Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-"""A path, or a name that may be one; `~` is the home folder."""
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys forbidden."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class LoraConfig(Section):
-    """Shape of the LoRA adapter that `train` makes, and of the fresh one that `init` features are taken over.
-
-    A given adapter brings its own shape, and this section is then not read.
-    """
-
-    rank: PositiveInt = 8
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | tuple[str, ...] = "all-linear"
-    layers: str | None = Field(None, pattern=r"^\d+-\d+$", description="first-last, inclusive; all when null")
-    use_rslora: bool = False
-
-
-class ModelConfig(Section):
-    """The base model and its adapters.
-
-    `name` is a hub id, a folder with safetensors, a `.gguf` file, or `package:NAME/FILE` for a file that an
-    installed Python package carries. `adapters` are PEFT folders; when empty, `run_dir/adapter` made by `train`.
-    `quantization` holds the base's linear layers in 4 (NF4) or 8 bits by bitsandbytes, on a GPU.
-    """
-
-    name: str
-    revision: str | None = None
-    adapters: tuple[str, ...] = ()
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "auto"
-    quantization: Literal["4bit", "8bit"] | None = None
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
-    trust_remote_code: bool = False
-    lora: LoraConfig = LoraConfig()
-
-
-class DataConfig(Section):
-    """The training examples to attribute to.
-
-    `train` is a JSONL, JSON, CSV or Parquet file, or the name of a `datasets` data set. Rows have a prompt and a
-    completion column, or a chat `messages` column whose last assistant turn is the completion.
-
-    `label_words` makes completions classes: each is one of these words, and each word one token. Labels that are no
-    single token get one by `label_map`, completion in the data -> label word (several may share a word). The label
-    words are then its words, in the order of the map, and need not be given. Quote Yes and No: YAML reads them as
-    true and false.
-    """
-
-    train: Place
-    split: str = "train"
-    prompt: str = "prompt"
-    completion: str = "completion"
-    messages: str | None = None
-    id: str | None = None
-    system: str | None = None
-    chat_template: Literal["auto", "none"] = "auto"
-    label_map: dict[str, str] = Field(default_factory=dict)
-    label_words: tuple[str, ...] = Field((), validate_default=True)
-    max_length: PositiveInt | None = Field(None, description="tokens; the model's context when null")
-    overlong: Literal["error", "truncate", "skip"] = "error"
-    limit: PositiveInt | None = None
-
-    @field_validator("label_map")
-    @classmethod
-    def _map_is_clear(cls, label_map: dict[str, str]) -> dict[str, str]:
-        texts, words = [text.strip() for text in label_map], list(dict.fromkeys(label_map.values()))
-        if not all(texts) or not all(word.strip() for word in words):
-            raise ValueError("a completion or a word is empty")
-        for kind, names in (("completions", texts), ("words", [word.strip() for word in words])):
-            if len(set(names)) < len(names):
-                raise ValueError(f"two {kind} differ in space only")
-        mapped = {text.strip(): word.strip() for text, word in label_map.items()}
-        for word in mapped.values():
-            if mapped.get(word, word) != word:
-                raise ValueError(f"the word {word!r} is also a completion, and one of another word, {mapped[word]!r}")
-        return label_map
-
-    @field_validator("label_words")
-    @classmethod
-    def _words_are_of_the_map(cls, words: tuple[str, ...], info: Any) -> tuple[str, ...]:
-        # `info` is a pydantic.ValidationInfo, a protocol that cannot be checked at run time
-        mapped = tuple(dict.fromkeys(info.data.get("label_map", {}).values()))
-        if mapped and words and words != mapped:
-            raise ValueError(f"label_map has the words {list(mapped)}; leave label_words out")
-        return words or mapped
-
-
-class TrainConfig(Section):
-    """LoRA fine-tuning: AdamW, linear warm-up and decay, loss on completion tokens only.
-
-    `dtype` is of the frozen base weights; `auto` is bfloat16 on a GPU that computes in it and float32 elsewhere (a
-    CPU without bfloat16 instructions is some fifteen times slower in it).
-    """
-
-    epochs: PositiveInt = 3
-    learning_rate: float = Field(2e-4, gt=0)
-    batch_size: PositiveInt = 8
-    warmup_ratio: float = Field(0.05, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-
-
-class SketchConfig(Section):
-    """How a gradient is compressed: `oporp` (blocks by calibrated norm), dense `rademacher`, or `none` (exact)."""
-
-    kind: Literal["oporp", "rademacher", "none"] = "oporp"
-    dim: PositiveInt = 4096
-    calibration_examples: PositiveInt = 32
-
-
-class FeaturesConfig(Section):
-    """What a feature is: the sketched gradient of `output` with respect to the LoRA parameters at `linearisation`.
-
-    `init` is the base model with fresh LoRA matrices (B = 0); `num_inits` of them are averaged at no extra pass.
-    `trained` is the adapter or adapters as trained.
-    """
-
-    output: OutputFunction = "loss"
-    linearisation: Literal["init", "trained"] = "init"
-    num_inits: PositiveInt = 1
-    sketch: SketchConfig = SketchConfig()
-    dtype: Literal["float16", "float32"] = "float16"
-    tokens_per_batch: PositiveInt = 2048
-    shard_size: PositiveInt = 256
-
-    @model_validator(mode="after")
-    def _inits_are_at_init(self) -> "FeaturesConfig":
-        if self.linearisation == "trained" and self.num_inits > 1:
-            raise ValueError(f"num_inits={self.num_inits} is for linearisation=init; trained takes model.adapters")
-        return self
-
-
-class ReduceConfig(Section):
-    """How features become representers.
-
-    `auto` follows docs/methods.md: a semivalue on generation is centred, unit-norm, ridge 0.1; on label words it is
-    not centred, unit-norm, ridge by leave-one-out; the gradient family takes raw features, ridge 0.1.
-    `methods` are names of methods.py; the semivalues of one run share one sweep over q.
-    `ridge` is in units of the mean squared feature norm; `loo` chooses it by closed-form leave-one-out error.
-    `form` is how semivalues are taken from the mean field: `pairs` is the most exact, `total_gradient` 2-5
-    times quicker, `cavity` needs no n x n system but misses the sum rule; `auto` is pairs up to 2,048 examples.
-    `certificate_draws` random subsets (8 or more; 0 for none) measure the bias of the mean field.
-    """
-
-    methods: tuple[Method, ...] = METHODS
-    ridge: Annotated[float, Field(gt=0)] | Literal["auto", "loo"] = "auto"
-    center: bool | Literal["auto"] = "auto"
-    normalize: bool | Literal["auto"] = "auto"
-    response: Literal["auto", "labels", "unit", "residual"] = "auto"
-    form: Literal["auto", "pairs", "total_gradient", "cavity"] = "auto"
-    sum_rule_tolerance: float = Field(1e-3, gt=0)
-    certificate_draws: int = Field(32, ge=0)
-    dtype: Literal["float16", "float32"] = "float32"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _freeshap_is_of_values(cls, tree: Any) -> Any:
-        named = (tree.get("method"), tree.get("methods")) if isinstance(tree, Mapping) else ()
-        if any(value == "freeshap" or (isinstance(value, list | tuple) and "freeshap" in value) for value in named):
-            raise ValueError(
-                "freeshap values examples over a validation set and has no representers: "
-                "set values.method=freeshap and values.data, and run `llmattrib values`"
-            )
-        return tree
-
-    @model_validator(mode="after")
-    def _has_methods(self) -> "ReduceConfig":
-        if not self.methods:
-            raise ValueError("methods is empty")
-        twice = sorted({name for name in self.methods if self.methods.count(name) > 1})
-        if twice:
-            raise ValueError(f"methods names {', '.join(twice)} twice")
-        if 0 < self.certificate_draws < 8:
-            raise ValueError("certificate_draws is below 8; take 16 to 64, or 0 for no certificate")
-        return self
-
-
-class IndexConfig(Section):
-    """The faiss index over representers: exact `flat`, or approximate `hnsw` and `ivfpq`."""
-
-    kind: Literal["flat", "hnsw", "ivfpq"] = "flat"
-    hnsw_neighbors: PositiveInt = 32
-    hnsw_ef_construction: PositiveInt = 200
-    hnsw_ef_search: PositiveInt = 128
-    ivf_lists: PositiveInt = 256
-    ivf_probes: PositiveInt = 16
-    pq_subquantizers: PositiveInt = 64
-
-
-class QueryConfig(Section):
-    """Defaults of a query."""
-
-    method: Method = "shapley"
-    top: PositiveInt = 10
-    max_new_tokens: PositiveInt = 48
-
-
-class ValuesConfig(Section):
-    """Data values of the training examples over a validation set: what `llmattrib values` computes.
-
-    `data` is a file or data set (then its `split`) with the fields, templates and label words of the data section;
-    `limit` takes its first examples. `method` is one of reduce's, from stored representers; `permutation`, `subset`,
-    `one_sample`, `msr_banzhaf` and `ame_lasso` sample the kernel game of reduce's settings; `knn_shapley` and
-    `freeshap` play games of their own (docs/methods.md section 7).
-    `utility`, a mean over prompts, is the game's `prediction` for the right answer (`auto`), or with label words
-    `log_likelihood` (`auto` of freeshap) or `accuracy`; values from representers and `subset` are of predictions.
-    `num_samples` are random subsets: draws that certify the signs of a semivalue (0 for none), and rows of the table.
-    `tolerance` stops a permutation at that part of the utility's range (`auto`: freeshap 0.05, permutation never).
-    `confidence` is of each interval; `ame_lasso` selects by knockoffs at `false_discovery_rate`.
-    """
-
-    data: Place | None = None
-    split: str = "validation"
-    limit: PositiveInt | None = None
-    method: ValuesMethod = "shapley"
-    utility: Literal["auto", "prediction", "log_likelihood", "accuracy"] = "auto"
-    num_samples: int = Field(256, ge=0)
-    num_permutations: int = Field(200, gt=0, multiple_of=2)
-    tolerance: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] | None = "auto"
-    confidence: float = Field(0.95, gt=0, lt=1)
-    ame_design: Literal["attribution", "shapley"] = "attribution"
-    false_discovery_rate: float = Field(0.1, gt=0, lt=1)
-    knn_neighbors: PositiveInt = 5
-    knn_label: Literal["hard", "soft"] = "soft"
-    freeshap_kernels: Literal["single", "per_class"] = "single"
-    freeshap_ridge: float = Field(1e-6, gt=0)
-
-
-class PlanConfig(Section):
-    """What `llmattrib plan` assumes where it cannot look.
-
-    `architecture` is a config.json that stands for a model which is not here. `num_examples`, `tokens_per_example`
-    (prompt and completion, mean) and `completion_tokens` (a quarter of them when null) stand for data that is not
-    here. `efficiency` is the assumed share of a device's peak FLOP/s.
-    """
-
-    architecture: Place | None = None
-    num_examples: PositiveInt | None = None
-    tokens_per_example: PositiveInt | None = None
-    completion_tokens: PositiveInt | None = None
-    num_gpus: PositiveInt = 8
-    efficiency: float = Field(0.35, gt=0, le=1)
-
-
-class SlurmConfig(Section):
-    """How `llmattrib submit` asks Slurm for the jobs of a run; its options replace these.
-
-    `gpus_per_node` is one process each; 0 is for nodes without GPUs, one process a node with `cpus_per_task` threads.
-    `time`, as sbatch takes it, has quotes in YAML ("4:00:00" would be a number without). `sbatch` are more options of
-    sbatch for every job; `setup` are shell commands that each job begins with, to load modules or an environment.
-    """
-
-    nodes: PositiveInt = 1
-    gpus_per_node: int = Field(1, ge=0)
-    cpus_per_task: PositiveInt | None = None
-    partition: str | None = None
-    account: str | None = None
-    time: str | None = None
-    sbatch: tuple[str, ...] = ()
-    setup: tuple[str, ...] = ()
+from llmattrib.storage import read_bytes
 
 
 class RunConfig(Section):

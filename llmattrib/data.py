@@ -19,8 +19,8 @@ from typing import Any, TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmattrib.config import DataConfig
-from llmattrib.errors import DataError, EmptyDatasetError, LabelWordError, MissingFieldError, first_line
+from llmattrib.errors import ConfigError, DataError, EmptyDatasetError, LabelWordError, MissingFieldError, first_line
+from llmattrib.sections import DataConfig, ValuesConfig
 from llmattrib.storage import atomic_write, read_bytes
 
 MAX_CELL = 2**31 - 1
@@ -100,6 +100,31 @@ def load_examples(config: DataConfig) -> list[Example]:
             f"{config.train} has no rows", expected="one or more rows", fix="check data.train and data.split"
         )
     return examples
+
+
+def load_validation_examples(data: DataConfig, values: ValuesConfig) -> list[Example]:
+    """Read the validation set of `values` by the settings of the data section.
+
+    Raises:
+        ConfigError: `values.data` is not set.
+        DataError: as `load_examples`.
+    """
+    if values.data is None:
+        raise ConfigError(
+            "values.data is not set",
+            expected="a validation set: a file with the fields of the data section, or a data set",
+            fix="set values.data=path/to/validation.jsonl",
+        )
+    try:
+        return load_examples(
+            data.model_copy(update={"train": values.data, "split": values.split, "limit": values.limit})
+        )
+    except DataError as error:  # the reader knows one data set, by the names of its settings
+        parts = [
+            part.replace("data.train", "values.data").replace("data.split", "values.split")
+            for part in (error.found, error.expected, error.fix)
+        ]
+        raise type(error)(parts[0], expected=parts[1], fix=parts[2]) from error
 
 
 def save_examples(examples: Sequence[Example], path: str | Path) -> None:

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
 from llmattrib.build import build_features
-from llmattrib.config import METHODS, Method, RunConfig, digest, validate_config
+from llmattrib.config import RunConfig, digest, validate_config
 from llmattrib.errors import FingerprintMismatchError, ModelNotFoundError
 from llmattrib.evaluate.retrieval import recall, tfidf_scores, top_rows
 from llmattrib.facts import Fact, Probe, choose_facts, make_probes, same_answer
@@ -23,6 +23,7 @@ from llmattrib.index import build_index
 from llmattrib.progress import Progress
 from llmattrib.query import Run
 from llmattrib.reduce import reduce_run
+from llmattrib.sections import METHODS, Method
 from llmattrib.storage import atomic_write, exists, read_bytes
 from llmattrib.train import train_adapter
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from llmattrib.config import ModelConfig
 from llmattrib.errors import ConfigError
+from llmattrib.sections import ModelConfig
 
 
 def resolve_device(name: str) -> torch.device:

@@ -20,9 +20,9 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llmattrib.config import DataConfig
 from llmattrib.data import Example, Message
 from llmattrib.errors import ConfigError, DataError, EmptyDatasetError, LabelWordError, OverlongExampleError
+from llmattrib.sections import DataConfig
 
 Side = Literal["left", "right"]
 """Where padding goes."""

@@ -10,13 +10,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from llmattrib.config import TrainConfig
 from llmattrib.encoding import Encoded, collate
 from llmattrib.errors import NonFiniteGradientError, memory_errors
 from llmattrib.forward import completion_logits, loss_scale
 from llmattrib.model import LoadedModel, lora_a_init
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
+from llmattrib.sections import TrainConfig
 
 
 class FineTuning:

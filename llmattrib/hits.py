@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmattrib.config import DataConfig
 from llmattrib.data import Example, Message, check_text, user_message
 from llmattrib.errors import EmptyDatasetError, MissingFieldError
+from llmattrib.sections import DataConfig
 from llmattrib.storage import atomic_write
 
 

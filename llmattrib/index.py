@@ -29,12 +29,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from llmattrib import storage
-from llmattrib.config import IndexConfig, Method, RunConfig
+from llmattrib.config import RunConfig
 from llmattrib.errors import ConfigError, CorruptShardError, StaleIndexError, StoreNotFoundError
 from llmattrib.layout import RunLayout
 from llmattrib.lock import locked
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
+from llmattrib.sections import IndexConfig, Method
 from llmattrib.store import RowStore
 
 try:

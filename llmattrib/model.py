@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from llmattrib.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, check_adapter, check_shapes
-from llmattrib.config import LoraConfig, ModelConfig, digest
+from llmattrib.config import digest
 from llmattrib.device import resolve_device
 from llmattrib.distributed import Sharding
 from llmattrib.errors import (
@@ -35,6 +35,7 @@ from llmattrib.errors import (
     memory_errors,
 )
 from llmattrib.rng import stream
+from llmattrib.sections import LoraConfig, ModelConfig
 from llmattrib.weights import (
     check_tokenizer,
     context_length,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from llmattrib.config import Method, RunConfig, load_config
+from llmattrib.config import RunConfig, load_config
 from llmattrib.data import Example, Message, label_word, read_examples
 from llmattrib.encoding import Encoded, collate, encode, encode_prompt, end_of_turn_id, length_batches
 from llmattrib.errors import ConfigError, FingerprintMismatchError, MethodError, StaleIndexError
@@ -36,6 +36,7 @@ from llmattrib.progress import Progress, silent
 from llmattrib.reader import FeatureReader
 from llmattrib.rerank import ExactScorer, check_rerank
 from llmattrib.scorers.gradient import unit_rows
+from llmattrib.sections import Method
 from llmattrib.semivalues import follow
 from llmattrib.settings import Settings
 from llmattrib.store import RowStore

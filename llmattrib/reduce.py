@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Float
 
 from llmattrib import storage
-from llmattrib.config import Method, RunConfig, digest
+from llmattrib.config import RunConfig, digest
 from llmattrib.distributed import Ranks
 from llmattrib.errors import StoreNotFoundError
 from llmattrib.estimators.certificate import MeasuredBias
@@ -35,6 +35,7 @@ from llmattrib.methods import MethodName
 from llmattrib.progress import Progress, silent
 from llmattrib.reader import FeatureReader, Representers, choose_ridge
 from llmattrib.scorers.gradient import GradCos, GradDot, Influence, Scorer, Trak
+from llmattrib.sections import Method
 from llmattrib.semivalues import play
 from llmattrib.settings import Settings, resolve
 from llmattrib.store import Manifest, RowStore

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from llmattrib.config import Method, RunConfig
+from llmattrib.config import RunConfig
 from llmattrib.data import Example
 from llmattrib.encoding import Encoded
 from llmattrib.errors import MethodError
@@ -18,6 +18,7 @@ from llmattrib.extraction import encode_examples, extract_rows
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch
 from llmattrib.scorers.gradient import unit_rows
+from llmattrib.sections import Method
 
 RERANKED: tuple[Method, ...] = ("grad_dot", "grad_cos")
 MAX_EXACT_BYTES = 1 << 30

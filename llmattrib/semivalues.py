@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from llmattrib.config import Method
 from llmattrib.estimators.certificate import Certificate, certify, sample_queries
 from llmattrib.estimators.mean_field import MeanField, MeanFieldResult
 from llmattrib.estimators.q_profile import QProfile
@@ -29,6 +28,7 @@ from llmattrib.games.kernel import KernelGame, RowSpace
 from llmattrib.methods import MethodName
 from llmattrib.progress import Progress
 from llmattrib.reader import FeatureReader, Representers
+from llmattrib.sections import Method
 from llmattrib.settings import Settings
 
 _CERTIFICATE_QUERIES = 32

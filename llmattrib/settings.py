@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from llmattrib.config import Method, ReduceConfig
 from llmattrib.errors import MethodError
 from llmattrib.estimators.mean_field import LARGE, Form
 from llmattrib.methods import MethodName
+from llmattrib.sections import Method, ReduceConfig
 
 Response = Literal["labels", "unit", "residual"]
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from llmattrib import storage
 from llmattrib.commits import committed, record_path
-from llmattrib.config import RunConfig, SlurmConfig
+from llmattrib.config import RunConfig
 from llmattrib.errors import ConfigError, SlurmError, StoreNotFoundError
 from llmattrib.layout import RunLayout
+from llmattrib.sections import SlurmConfig
 from llmattrib.store import RowStore
 
 ROOT = Path(__file__).parents[1]

@@ -32,10 +32,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from llmattrib.config import ModelConfig, digest
+from llmattrib.config import digest
 from llmattrib.device import quantisation
 from llmattrib.distributed import Sharding
 from llmattrib.errors import ModelNotFoundError, TokenizerMismatchError, first_line, memory_errors
+from llmattrib.sections import ModelConfig
 from llmattrib.storage import named_errors, require_space
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")

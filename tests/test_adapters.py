@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from llmattrib.adapters import RECORD, check_adapter, check_shapes
-from llmattrib.config import ModelConfig
 from llmattrib.errors import AdapterMismatchError, ModelNotFoundError, UnsupportedAdapterError
 from llmattrib.model import load_model
+from llmattrib.sections import ModelConfig
 from llmattrib.weights import weights_fingerprint
 from tests.tiny import tiny_adapter_dir, tiny_model, tiny_model_dir
 

@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 from llmattrib import console
 from llmattrib.cli import app
-from llmattrib.config import METHODS, RunConfig, ValuesConfig, config_to_yaml
+from llmattrib.config import RunConfig, config_to_yaml
 from llmattrib.data import read_examples
 from llmattrib.errors import ConfigError
 from llmattrib.hits import Hit, Hits
 from llmattrib.methods import GRADIENT_METHODS, SEMIVALUE_FORMS
+from llmattrib.sections import METHODS, ValuesConfig
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (

@@ -5,17 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmattrib.config import (
-    METHODS,
-    RunConfig,
-    config_to_yaml,
-    digest,
-    load_config,
-    parse_override,
-    validate_config,
-)
+from llmattrib.config import RunConfig, config_to_yaml, digest, load_config, parse_override, validate_config
 from llmattrib.errors import ConfigError
 from llmattrib.layout import RunLayout
+from llmattrib.sections import METHODS
 from llmattrib.storage import atomic_write
 
 MINIMAL = {"run_dir": "runs/x", "model": {"name": "m"}, "data": {"train": "d.jsonl"}}

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmattrib.config import DataConfig
 from llmattrib.data import (
     Example,
     Message,
@@ -20,6 +19,7 @@ from llmattrib.data import (
     user_message,
 )
 from llmattrib.errors import DataError, EmptyDatasetError, LabelWordError, MissingFieldError
+from llmattrib.sections import DataConfig
 from tests.tiny import tiny_jsonl, tiny_rows
 
 ROWS = [{"id": "a", "prompt": "one?", "completion": "1"}, {"id": "b", "prompt": 'tw"o, 2?\n', "completion": "zwei ü"}]

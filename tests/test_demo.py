@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 import llmattrib.demo as demo_module
 from llmattrib.cli import app
-from llmattrib.config import METHODS, load_config
+from llmattrib.config import load_config
 from llmattrib.demo import TFIDF, DemoSize, run_demo
 from llmattrib.errors import FingerprintMismatchError, ModelNotFoundError
 from llmattrib.narration import ConsoleNarrator
 from llmattrib.progress import silent
+from llmattrib.sections import METHODS
 
 needs_model = pytest.mark.skipif(find_spec(demo_module.PACKAGE) is None, reason="the demo's model is not installed")
 SMALL = DemoSize(num_facts=12, num_swapped=2, num_held_out=3, epochs=12)

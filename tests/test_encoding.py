@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmattrib.config import DataConfig
 from llmattrib.data import Example, Message, user_message
 from llmattrib.encoding import (
     Encoded,
@@ -21,6 +20,7 @@ from llmattrib.encoding import (
     length_batches,
 )
 from llmattrib.errors import ConfigError, DataError, EmptyDatasetError, LabelWordError, OverlongExampleError
+from llmattrib.sections import DataConfig
 from tests.tiny import tiny_tokenizer
 
 CONFIG = DataConfig(train="unused.jsonl")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmattrib.config import FeaturesConfig, LoraConfig, ModelConfig
 from llmattrib.encoding import Batch, Encoded
 from llmattrib.errors import FeatureError
 from llmattrib.features.capture import Tap, capture
@@ -20,6 +19,7 @@ from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch
 from llmattrib.forward import completion_logits
 from llmattrib.model import load_model, lora_a_init
+from llmattrib.sections import FeaturesConfig, LoraConfig, ModelConfig
 from tests.tiny import FAMILIES, tiny_adapter_dir, tiny_model_dir
 
 # peft 0.21 asks transformers 5.23 for a property under its old name

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig
 
-from llmattrib.config import ModelConfig
 from llmattrib.encoding import Encoded, collate
 from llmattrib.forward import completion_logits, position_logits
 from llmattrib.model import load_model
+from llmattrib.sections import ModelConfig
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_adapter_dir, tiny_model, tiny_model_dir
 
 ITEMS = [Encoded(tuple(range(3, 3 + n)), start, -1) for n, start in ((9, 4), (5, 1), (12, 11), (5, 3))]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from llmattrib.config import DataConfig
 from llmattrib.errors import DataError
 from llmattrib.hits import read_queries
+from llmattrib.sections import DataConfig
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import faiss
 import numpy as np
 import pytest
 
-from llmattrib.config import IndexConfig, RunConfig, validate_config
+from llmattrib.config import RunConfig, validate_config
 from llmattrib.errors import ConfigError, CorruptShardError, IncompleteStoreError, StaleIndexError, StoreNotFoundError
 from llmattrib.index import SAMPLE_ROWS, build_index, open_index
 from llmattrib.manifest import Manifest
 from llmattrib.rng import stream
+from llmattrib.sections import IndexConfig
 from llmattrib.store import RowStore
 
 

@@ -4,10 +4,11 @@ import re
 
 import pytest
 
-from llmattrib.config import QueryConfig, ReduceConfig, load_config
+from llmattrib.config import load_config
 from llmattrib.errors import ConfigError
 from llmattrib.layout import RunLayout
 from llmattrib.methods import AME_POINTS, GRADIENT_METHODS, MethodName
+from llmattrib.sections import QueryConfig, ReduceConfig
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmattrib.config import DataConfig, LoraConfig, ModelConfig
 from llmattrib.data import user_message
 from llmattrib.device import resolve_device
 from llmattrib.encoding import encode_prompt
@@ -27,6 +26,7 @@ from llmattrib.errors import (
 from llmattrib.errors import UnsupportedAdapterError as Unsupported
 from llmattrib.model import LoadedModel, load_model, lora_a_init, prepare_trainable, save_adapter
 from llmattrib.rng import stream
+from llmattrib.sections import DataConfig, LoraConfig, ModelConfig
 from llmattrib.weights import quiet_loading, weights_fingerprint
 from tests.tiny import CONTEXT, FAMILIES, tiny_adapter_dir, tiny_model_dir, tiny_tokenizer
 

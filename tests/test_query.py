@@ -15,7 +15,7 @@ from tiny import LABEL_WORDS, tiny_rows, tiny_run
 from transformers import AutoModelForCausalLM
 
 from llmattrib.build import build_features
-from llmattrib.config import METHODS, DataConfig, RunConfig
+from llmattrib.config import RunConfig
 from llmattrib.data import Example, user_message
 from llmattrib.encoding import encode, encode_prompt
 from llmattrib.errors import (
@@ -35,6 +35,7 @@ from llmattrib.hits import Hit, Hits, Query, read_queries, write_hits
 from llmattrib.index import build_index
 from llmattrib.query import Run
 from llmattrib.reduce import reduce_run
+from llmattrib.sections import METHODS, DataConfig
 from llmattrib.store import RowStore
 from llmattrib.train import train_adapter
 

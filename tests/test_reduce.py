@@ -7,7 +7,7 @@ import oracles
 import pytest
 
 from llmattrib import reduce as reduce_module
-from llmattrib.config import ReduceConfig, RunConfig, validate_config
+from llmattrib.config import RunConfig, validate_config
 from llmattrib.errors import (
     CorruptShardError,
     IncompleteStoreError,
@@ -23,6 +23,7 @@ from llmattrib.games.kernel import LOO_GRID, KernelGame, mean_square
 from llmattrib.lock import locked
 from llmattrib.reduce import reduce_run
 from llmattrib.scorers.gradient import unit_rows
+from llmattrib.sections import ReduceConfig
 from llmattrib.semivalues import semivalue_of
 from llmattrib.settings import resolve
 from llmattrib.store import Manifest, RowStore

@@ -18,13 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llmattrib.config import FeaturesConfig
 from llmattrib.encoding import Batch, Encoded, Side, collate
 from llmattrib.features.capture import Tap, capture
 from llmattrib.features.outputs import OutputValues, Reading, evaluate_output
 from llmattrib.features.sketch import Block, Sketch, SketchKind, SketchPlan, make_plan
 from llmattrib.forward import completion_logits, loss_scale
 from llmattrib.model import LoadedModel, LoraLayer, lora_a_init
+from llmattrib.sections import FeaturesConfig
 
 COLUMNS = ("norm", "loss", "log_odds", "label")
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from llmattrib.config import OutputFunction
+from llmattrib.sections import OutputFunction
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmattrib.config import IndexConfig, Method, RunConfig
+from llmattrib.config import RunConfig
 from llmattrib.estimators.mean_field import LARGE, MeanField
 from llmattrib.index import MAX_POINTS_PER_CENTROID, PQ_BITS, SAMPLE_ROWS
 from llmattrib.manifest import Manifest
 from llmattrib.plan.shape import ModelShape
+from llmattrib.sections import IndexConfig, Method
 from llmattrib.settings import resolve
 
 NODES, ROUNDS = 31, 6

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float, Int8
 
-from llmattrib.config import RunConfig, ValuesConfig
+from llmattrib.config import RunConfig
 from llmattrib.errors import MethodError
 from llmattrib.estimators.ame import AmeRegression, Knockoffs
 from llmattrib.estimators.freeshap import FreeShap, KernelProblem
@@ -33,6 +33,7 @@ from llmattrib.progress import Progress
 from llmattrib.query import current_representers
 from llmattrib.reader import FeatureReader
 from llmattrib.scorers.gradient import unit_rows
+from llmattrib.sections import ValuesConfig
 from llmattrib.semivalues import semivalue_of
 from llmattrib.settings import Settings
 from llmattrib.values.game import UtilityName, ValidationGame, mean_query

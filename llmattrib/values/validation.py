@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from llmattrib import storage
-from llmattrib.config import RunConfig, digest
-from llmattrib.data import Example, data_fingerprint, load_examples
-from llmattrib.errors import ConfigError, DataError, FingerprintMismatchError, StoreNotFoundError
+from llmattrib.config import digest
+from llmattrib.data import Example, data_fingerprint, load_validation_examples
+from llmattrib.errors import FingerprintMismatchError, StoreNotFoundError
 from llmattrib.extraction import encode_examples, extract_rows, settings_fingerprint
 from llmattrib.features.extract import COLUMNS
 from llmattrib.manifest import differing
@@ -61,7 +61,7 @@ def load_validation(run: Run, progress: Progress = silent) -> Validation:
     """
     config = run.config
     features = RowStore.open(config.layout.features)
-    examples = _examples(config)
+    examples = load_validation_examples(config.data, config.values)
     stored = {key: value for key, value in features.manifest.fingerprint.items() if key != "data"}
     keys = differing({key: value for key, value in stored.items() if key != "model"}, settings_fingerprint(config))
     if keys:
@@ -94,27 +94,6 @@ def features_fingerprint(features: RowStore) -> dict[str, object]:
     """Return what validation features depend on besides their examples: all that training features do."""
     stored = {key: value for key, value in features.manifest.fingerprint.items() if key != "data"}
     return {**stored, "sketch_plan": digest(features.manifest.info["sketch_plan"])}
-
-
-def _examples(config: RunConfig) -> list[Example]:
-    """Read the validation examples by the settings of the data section."""
-    values = config.values
-    if values.data is None:
-        raise ConfigError(
-            "values.data is not set",
-            expected="a validation set: a file with the fields of the data section, or a data set",
-            fix="set values.data=path/to/validation.jsonl",
-        )
-    try:
-        return load_examples(
-            config.data.model_copy(update={"train": values.data, "split": values.split, "limit": values.limit})
-        )
-    except DataError as error:  # the reader knows one data set, by the names of its settings
-        parts = [
-            part.replace("data.train", "values.data").replace("data.split", "values.split")
-            for part in (error.found, error.expected, error.fix)
-        ]
-        raise type(error)(parts[0], expected=parts[1], fix=parts[2]) from error
 
 
 def _stored(path: str) -> RowStore | None:
