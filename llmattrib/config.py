@@ -30,6 +30,7 @@ from llmattrib.sections import (
     PlanConfig,
     QueryConfig,
     ReduceConfig,
+    RetrainingConfig,
     Section,
     SlurmConfig,
     TrainConfig,
@@ -51,6 +52,7 @@ class RunConfig(Section):
     index: IndexConfig = IndexConfig()
     query: QueryConfig = QueryConfig()
     values: ValuesConfig = ValuesConfig()
+    retraining: RetrainingConfig = RetrainingConfig()
     plan: PlanConfig = PlanConfig()
     slurm: SlurmConfig = SlurmConfig()
 

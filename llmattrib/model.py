@@ -235,27 +235,38 @@ def load_model(
     return loaded
 
 
-def prepare_trainable(config: ModelConfig, dtype: str, seed: int, device: str | None = None) -> LoadedModel:
-    """Load the base model with a fresh adapter whose A and B can be trained.
+def prepare_trainable(
+    config: ModelConfig, dtype: str, seed: int, device: str | None = None, adapter: str | None = None
+) -> LoadedModel:
+    """Load the base model with an adapter whose A and B can be trained.
 
     Args:
         config: base model and LoRA shape.
         dtype: of the base weights; the adapter's are float32.
-        seed: A is drawn from `stream(seed, "lora_A", layer, 0)`; B is zero.
+        seed: of a fresh adapter: A is drawn from `stream(seed, "lora_A", layer, 0)`; B is zero.
         device: instead of `config.device`.
+        adapter: a PEFT folder to begin with instead.
 
     Raises:
         ModelError, ConfigError: as `load_model`.
     """
-    base, tokenizer, context, fingerprint = _open_base(config, dtype, device)
-    loaded = _loaded(_fresh(base, config, seed), tokenizer, ["default"], context)
+    paths = [] if adapter is None else [Path(adapter).expanduser()]
+    base, tokenizer, context, fingerprint = _open_base(config, dtype, device, paths)
+    if paths:
+        check_shapes(paths, base)
+        with _peft_quiet():
+            model = peft.PeftModel.from_pretrained(base, paths[0], adapter_name="default")
+    else:
+        model = _fresh(base, config, seed)
+    loaded = _loaded(model, tokenizer, ["default"], context)
     factors = [factor for layer in loaded.layers for factor in layer.factors("default")[:2]]
     _only_trainable(loaded.model, factors)
     loaded.model.eval()
     for module in loaded.model.modules():  # the base model's own dropout stays off
         if isinstance(module, PeftLoraLayer):
             module.lora_dropout.train()
-    loaded.fingerprint = fingerprint | {"lora": _lora_fingerprint(loaded), "adapters": "none"}
+    weights = "none" if not paths else file_digest(paths[0] / ADAPTER_WEIGHTS)[:32]
+    loaded.fingerprint = fingerprint | {"lora": _lora_fingerprint(loaded), "adapters": weights}
     return loaded
 
 

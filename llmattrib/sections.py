@@ -261,6 +261,23 @@ class ValuesConfig(Section):
     freeshap_ridge: float = Field(1e-6, gt=0)
 
 
+class RetrainingConfig(Section):
+    """Sub-models, each a fine-tune on a random subset of the examples: what `llmattrib retrain` makes.
+
+    Each answers the prompts of `values.data`. `design` is how subsets are drawn: `banzhaf` keeps an example with
+    probability 1/2, `attribution` and `shapley` are those of AME, `sizes` serves every semivalue, `leave_out` leaves
+    one example out at a time. Each subset is trained with seeds `seed`, `seed` + 1, ...: `num_seeds` of them.
+    `warm_start` begins every fine-tune at the adapter of the run instead of a fresh one. `shard_size` subsets are
+    saved together: what a killed job loses.
+    """
+
+    design: Literal["banzhaf", "attribution", "shapley", "sizes", "leave_out"] = "banzhaf"
+    num_subsets: PositiveInt = 200
+    num_seeds: PositiveInt = 1
+    warm_start: bool = False
+    shard_size: PositiveInt = 4
+
+
 class PlanConfig(Section):
     """What `llmattrib plan` assumes where it cannot look.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmattrib.adapters import RECORD
 from llmattrib.config import RunConfig
-from llmattrib.data import data_fingerprint, load_examples
+from llmattrib.data import Example, data_fingerprint, load_examples
 from llmattrib.device import resolve_device
 from llmattrib.encoding import Encoded, EncodedSet, encode_all, encoded_fingerprint
 from llmattrib.errors import ConfigError, FingerprintMismatchError
@@ -96,7 +96,7 @@ def train_adapter(config: RunConfig, progress: Progress = silent) -> TrainResult
             f"run_dir is {config.run_dir}", expected="a local folder for training", fix="copy it afterwards"
         )
     target = Path(config.layout.adapter)
-    encoded, fingerprint = _inputs(config)
+    encoded, fingerprint = training_inputs(config)
     reused = target.is_dir()
     if reused:
         record = _matching_record(target, fingerprint)
@@ -114,15 +114,29 @@ def train_adapter(config: RunConfig, progress: Progress = silent) -> TrainResult
     )
 
 
-def _inputs(config: RunConfig) -> tuple[EncodedSet, dict[str, Any]]:
-    """Tokenise the examples and fingerprint all that decides the adapter, without loading weights."""
+def encode_without_weights(config: RunConfig, examples: Sequence[Example]) -> EncodedSet:
+    """Tokenise examples as training does; only the tokenizer and the config of the model are read.
+
+    Raises:
+        DataError, ModelError: the examples or the model cannot be used.
+    """
     model = config.model
     folder = resolve_base(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
-    examples = load_examples(config.data)
-    encoded = encode_all(
-        examples, tokenizer, config.data, context_length(folder, tokenizer, trust_remote_code=model.trust_remote_code)
-    )
+    context = context_length(folder, tokenizer, trust_remote_code=model.trust_remote_code)
+    return encode_all(examples, tokenizer, config.data, context)
+
+
+def training_inputs(config: RunConfig) -> tuple[EncodedSet, dict[str, Any]]:
+    """Tokenise the examples and fingerprint all that decides the adapter, without loading weights.
+
+    Raises:
+        DataError, ModelError: the examples or the model cannot be used.
+    """
+    model = config.model
+    folder = resolve_base(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
+    encoded = encode_without_weights(config, load_examples(config.data))
     return encoded, {
         "base_model": weights_fingerprint(folder),
         **tokenizer_fingerprint(tokenizer),

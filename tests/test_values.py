@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from llmattrib.build import build_features
 from llmattrib.cli import app
 from llmattrib.config import RunConfig, config_to_yaml, validate_config
+from llmattrib.data import load_validation_examples
 from llmattrib.errors import (
     ConfigError,
     DataError,
@@ -157,7 +158,7 @@ def test_validation_features_are_those_of_queries(finished: Made) -> None:
     config = finished("margin")
     compute_values(config)
     run = Run(config)
-    examples = validation_module._examples(config)
+    examples = load_validation_examples(config.data, config.values)
     phi = run.features(examples, [run._encode(example) for example in examples])
     store = RowStore.open(config.layout.validation)
     stored = store.read(0, NUM_PROMPTS)

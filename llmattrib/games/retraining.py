@@ -31,14 +31,19 @@ from llmattrib.progress import Progress, silent
 from llmattrib.train import training_dtype
 
 
-def load_trainable(config: RunConfig) -> FineTuning:
+def load_trainable(config: RunConfig, adapter: str | None = None) -> FineTuning:
     """Load the base model of a run with factors to train.
+
+    Args:
+        config: the run.
+        adapter: a PEFT folder whose factors they are; fresh ones without.
 
     Raises:
         ModelError, ConfigError, DeviceMemoryError: as `prepare_trainable`.
     """
     device = resolve_device(config.model.device)
-    loaded = prepare_trainable(config.model, training_dtype(config.train.dtype, device), config.seed, str(device))
+    dtype = training_dtype(config.train.dtype, device)
+    loaded = prepare_trainable(config.model, dtype, config.seed, str(device), adapter)
     return FineTuning(loaded, config.train, config.model.lora.dropout, config.seed)
 
 

@@ -10,6 +10,7 @@ row is 2 KB. Utilities are float64: differences of losses sit near the floor of 
 Source: docs/methods.md section 7; Lin et al. 2022 (AME); Wang and Jia 2022 (Banzhaf); Li and Yu 2024 (sizes).
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,34 +29,41 @@ Utility = Callable[[Bool[np.ndarray, "m n"]], Float[np.ndarray, "m q"]]
 
 @dataclass(frozen=True)
 class Design:
-    """How subsets are drawn. Exactly one of the three ways.
+    """How subsets are drawn. Exactly one of the four ways.
 
     Attributes:
         name: of its streams and in the table.
         points: p uniform on these, then every player is in by itself with probability p.
         truncation: eps; logit(p) uniform between those of eps and 1 - eps, then the same.
         by_size: size s of 1 ... n - 1 with probability proportional to 1/sqrt(s(n-s)), then any s players; p = s/n.
+        leave_out: row k is everybody but the k-th player of a random order, and everybody from row n on; p = 1.
     """
 
     name: str
     points: tuple[float, ...] = ()
     truncation: float | None = None
     by_size: bool = False
+    leave_out: bool = False
 
     def __post_init__(self) -> None:
         """Check that it is one way of drawing, with probabilities inside (0, 1)."""
-        ways = bool(self.points) + (self.truncation is not None) + self.by_size
+        ways = bool(self.points) + (self.truncation is not None) + self.by_size + self.leave_out
         inside = (
             all(0 < p < 1 for p in self.points) and 0 < (0.25 if self.truncation is None else self.truncation) < 0.5
         )
         if ways != 1 or not inside:
             raise MethodError(
-                f"design {self.name} has points {self.points}, truncation {self.truncation}, by_size {self.by_size}",
-                expected="one of: points inside (0, 1), truncation inside (0, 0.5), by_size",
+                f"design {self.name} is {self.to_json()}",
+                expected="one of: points inside (0, 1), truncation inside (0, 0.5), by_size, leave_out",
             )
 
     def draw(self, seed: int, num_players: int, row: int) -> tuple[float, Bool[np.ndarray, " n"]]:
         """Return p and the members of one row."""
+        if self.leave_out:
+            order = stream(seed, "subset", self.name).permutation(num_players)
+            members = np.ones(num_players, bool)
+            members[order[row : row + 1]] = False
+            return 1.0, members
         draws = stream(seed, "subset", self.name, row)
         if self.by_size:
             size = 1 + int(draws.choice(num_players - 1, p=size_chances(num_players)))
@@ -71,17 +79,12 @@ class Design:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON."""
-        return {
-            "name": self.name,
-            "points": list(self.points),
-            "truncation": self.truncation,
-            "by_size": self.by_size,
-        }
+        return {**dataclasses.asdict(self), "points": list(self.points)}
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> "Design":
         """Read back `to_json`."""
-        return cls(tree["name"], tuple(tree["points"]), tree["truncation"], tree["by_size"])
+        return cls(**{**tree, "points": tuple(tree["points"])})
 
 
 ATTRIBUTION = Design("attribution", points=(0.2, 0.4, 0.6, 0.8))
@@ -92,6 +95,9 @@ BANZHAF = Design("banzhaf", points=(0.5,))
 """Every subset is as likely as any other."""
 SIZES = Design("sizes", by_size=True)
 """For all semivalues at once."""
+LEAVE_OUT = Design("leave_out", leave_out=True)
+"""For leave-one-out."""
+DESIGNS = {design.name: design for design in (ATTRIBUTION, SHAPLEY, BANZHAF, SIZES, LEAVE_OUT)}
 
 
 def size_chances(num_players: int) -> Float[np.ndarray, " k"]:
@@ -134,7 +140,7 @@ class SubsetRows:
 
     def dummies(self, seed_name: str = "knockoff") -> Bool[np.ndarray, "m n"]:
         """Draw for each row a second subset, with the same p, that no utility has seen."""
-        if self.design.by_size:
+        if self.design.by_size or self.design.leave_out:
             raise MethodError("subsets of a drawn size have no independent copies", expected="a design of p")
         rows = [
             stream(self.seed, "subset", seed_name, self.design.name, int(draw)).random(self.num_players) < p
@@ -259,17 +265,24 @@ class SubsetTable:
         """
         shards = self.pending()[rank::world_size]
         for done, shard in enumerate(shards):
-            design, p, draw, members = self.subsets(shard)
-            number = self.designs.index(design)
-            columns = {
-                "masks": pack(members),
-                "p": p,
-                "design": np.full(len(p), number, np.uint8),
-                "draw": draw,
-                "utilities": utility(members).astype(np.float64, copy=False),
-            }
-            self._table.write_shard(shard, columns)
+            self.fill_shard(shard, utility)
             progress(done + 1, len(shards))
+
+    def fill_shard(self, shard: int, utility: Utility) -> None:
+        """Evaluate one shard and commit it.
+
+        Raises:
+            StoreError: as `fill`.
+        """
+        design, p, draw, members = self.subsets(shard)
+        columns = {
+            "masks": pack(members),
+            "p": p,
+            "design": np.full(len(p), self.designs.index(design), np.uint8),
+            "draw": draw,
+            "utilities": utility(members).astype(np.float64, copy=False),
+        }
+        self._table.write_shard(shard, columns)
 
     def rows(self, design: Design) -> SubsetRows:
         """Read the rows of a design that have their utilities, in the order of their draws.
