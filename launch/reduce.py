@@ -1,4 +1,4 @@
-"""Representers of a run, under `accelerate launch`; the same as `llmattrib reduce`. The first process does the work.
+"""Representers of a run, under `accelerate launch`; the same as `llmattrib reduce`. Processes share gradient methods.
 
 accelerate launch --config_file launch/cpu.yaml --num_processes 2 launch/reduce.py CONFIG [section.key=value ...]
 """

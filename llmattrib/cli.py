@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmattrib import __version__, cli_jobs
+from llmattrib import __version__, cli_evaluate, cli_jobs
 from llmattrib.cli_options import Config, Debug, Overrides, Quiet
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-evaluate_app = typer.Typer(help="Measure how good the attributions of a run are.", no_args_is_help=True)
-app.add_typer(evaluate_app, name="evaluate", rich_help_panel="Results")
+app.add_typer(cli_evaluate.app, name="evaluate", rich_help_panel="Results")
 for command in (cli_jobs.submit, cli_jobs.status):
     app.command(rich_help_panel="On a cluster")(command)
 
@@ -137,6 +136,27 @@ def _build(run: "RunConfig", quiet: bool) -> bool:
             f"{result.num_shards_done} of {result.num_shards} shards computed now, {result.seconds:.1f} s",
         )
     return team.is_main
+
+
+@app.command(rich_help_panel="Stages")
+def retrain(config: Config, overrides: Overrides = None, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Fine-tune sub-models on random subsets of the examples, for AME and `evaluate`. Resumes; needs no features."""
+    from llmattrib import console
+
+    with console.reporting(debug):
+        from llmattrib.distributed import ranks
+        from llmattrib.retrain import retrain as train_subsets
+
+        loaded, team = _load(config, overrides), ranks()
+        with console.bar("retrain, sub-models", show=team.is_main and not quiet) as progress:
+            result = train_subsets(loaded, team, progress)
+        if team.is_main:
+            _say(
+                quiet,
+                f"{_verb(result.num_done == 0)} {result.path}: {result.num_subsets:,} subsets ({result.design}), "
+                f"{result.num_seeds} seeds each, {result.num_queries:,} prompts; "
+                f"{result.num_done:,} sub-models trained now, {result.seconds:.1f} s",
+            )
 
 
 @app.command(rich_help_panel="Stages")
@@ -415,29 +435,6 @@ def methods() -> None:
     from llmattrib import console
 
     console.print_methods()
-
-
-@evaluate_app.command("sketch")
-def evaluate_sketch(
-    config: Config,
-    overrides: Overrides = None,
-    dim: Annotated[
-        list[int] | None, typer.Option(min=1, help="Width to try; may be given several times.", show_default=False)
-    ] = None,
-    examples: Annotated[int, typer.Option(min=3, help="Training examples to compare.")] = 100,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each width.")] = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Compare sketched inner products with exact ones: the error below which no method can go."""
-    from llmattrib import console
-
-    with console.reporting(debug):
-        from llmattrib.evaluate.sketch import DIMS, sketch_fidelity
-
-        with redirect_stdout(sys.stderr), console.bar("evaluate sketch, examples", show=not quiet) as progress:
-            rows = sketch_fidelity(_load(config, overrides), tuple(dim or DIMS), examples, progress)
-        console.print_records([asdict(row) for row in rows], as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""Linear datamodelling score: does the sum of scores over a subset rank what a model trained on it says?
+
+    LDS = mean over prompts q of Spearman( sum_{i in S} score[q, i], U_q(S) )   over held-out random subsets S
+
+U_q(S) are the log-odds of prompt q under sub-models of the stage `retrain`. The interval resamples prompts and subsets
+together (percentile bootstrap), so it covers both.
+Source: Park et al. 2023 (TRAK), section 4; Ilyas et al. 2022.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Float
+
+from llmattrib.errors import MethodError
+from llmattrib.games.subset_table import SubsetRows
+from llmattrib.rng import stream
+
+NUM_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Lds:
+    """The score of one method.
+
+    Attributes:
+        lds: mean over prompts.
+        low: lower end of the 95 % interval.
+        high: upper end.
+        per_prompt: [q] Spearman correlation of each prompt; NaN where either side is constant.
+    """
+
+    lds: float
+    low: float
+    high: float
+    per_prompt: Float[np.ndarray, " q"]
+
+
+def lds(scores: Float[np.ndarray, "q n"], rows: SubsetRows, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> Lds:
+    """Compare scores with what sub-models said.
+
+    Args:
+        scores: of n examples for q prompts.
+        rows: subsets of the same n examples with utilities of the same q prompts, from `retrained_rows`.
+        seed: of the bootstrap.
+        num_resamples: of the bootstrap.
+
+    Raises:
+        MethodError: shapes differ, or there are fewer than three subsets.
+    """
+    if scores.shape != (rows.utilities.shape[1], rows.num_players) or len(rows.utilities) < 3:
+        raise MethodError(
+            f"scores are {scores.shape}, and {len(rows.utilities)} sub-models have "
+            f"{rows.utilities.shape[1]} prompts and {rows.num_players} examples",
+            expected="equal prompts and examples, and three sub-models or more",
+            fix="run `llmattrib retrain` and build features from the same config",
+        )
+    predicted = rows.members.astype(np.float64) @ scores.T
+    per_prompt = spearman(predicted, rows.utilities)
+    draws = stream(seed, "evaluate", "lds")
+    num_subsets, num_prompts = predicted.shape
+    resampled = []
+    for _ in range(num_resamples):
+        subsets = draws.integers(0, num_subsets, num_subsets)
+        prompts = draws.integers(0, num_prompts, num_prompts)
+        with np.errstate(invalid="ignore"):
+            found = spearman(predicted[subsets][:, prompts], rows.utilities[subsets][:, prompts])
+        resampled.append(_mean(found))
+    low, high = np.percentile(resampled, (2.5, 97.5))
+    return Lds(_mean(per_prompt), float(low), float(high), per_prompt)
+
+
+def spearman(one: Float[np.ndarray, "m q"], other: Float[np.ndarray, "m q"]) -> Float[np.ndarray, " q"]:
+    """Return the rank correlation of each column, ties averaged; NaN where a column is constant."""
+    ranks = [scipy.stats.rankdata(array, axis=0) for array in (one, other)]
+    first, second = (rank - rank.mean(axis=0) for rank in ranks)
+    norms = np.sqrt((first**2).sum(axis=0) * (second**2).sum(axis=0))
+    return np.asarray(np.divide((first * second).sum(axis=0), norms, out=np.full(len(norms), np.nan), where=norms > 0))
+
+
+def _mean(per_prompt: Float[np.ndarray, " q"]) -> float:
+    """Return the mean of defined correlations; scores that say nothing count as 0."""
+    return float(np.nan_to_num(per_prompt).mean())

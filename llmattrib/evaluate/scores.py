@@ -1,0 +1,136 @@
+"""Scores of every training example for every validation prompt: by the methods of a run, and by trivial baselines.
+
+A score is a number a method gives to the pair; larger means that training on the example raises the probability of the
+prompt's answer. Baselines know neither gradients nor the model's training:
+
+    random      standard normal
+    loss        minus the stored loss of the example, the same for all prompts
+    tfidf       cosine of word tf-idf vectors of prompt and completion
+    bm25        Okapi BM25 of the query's words in the example's text (Robertson and Zaragoza 2009; k1 1.5, b .75)
+    embedding   cosine of mean last hidden states of the base model
+
+With label words the texts are prompts alone, and a similarity counts positive for an example of the query's label and
+negative for one of another: what a label says is not in its words.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import scipy.sparse
+import torch
+from jaxtyping import Bool, Float
+from sklearn.feature_extraction.text import CountVectorizer
+
+from llmattrib.data import Example, load_validation_examples
+from llmattrib.encoding import Encoded, collate, length_batches
+from llmattrib.evaluate.retrieval import tfidf_scores
+from llmattrib.extraction import batch_memory, encode_examples
+from llmattrib.query import Run, answered_slots, current_representers, in_slots, transform
+from llmattrib.rng import stream
+from llmattrib.scorers.gradient import unit_rows
+from llmattrib.sections import Method
+from llmattrib.store import RowStore
+from llmattrib.values.validation import Validation
+
+Baseline = Literal["random", "loss", "tfidf", "bm25", "embedding"]
+BASELINES: tuple[Baseline, ...] = ("random", "loss", "tfidf", "bm25", "embedding")
+
+
+def method_scores(run: Run, method: Method, validation: Validation) -> Float[np.ndarray, "q n"]:
+    """Return the inner products of the representers of a method with the validation features.
+
+    Raises:
+        StoreNotFoundError, IncompleteStoreError, StaleIndexError: representers are missing, unfinished or outdated.
+    """
+    features = RowStore.open(run.config.layout.features)
+    store = current_representers(run.config, method, features)
+    output = str(features.manifest.fingerprint["features"]["output"])
+    slots = answered_slots(validation.labels, output)
+    rows = transform(validation.phi, store.read_vector("mean"), bool(store.manifest.info["normalize"]))
+    queries = in_slots(rows, slots).reshape(len(rows), -1).astype(np.float64)
+    return np.concatenate([queries @ block.reshape(len(block), -1).T for _, block in store.blocks()], axis=1)
+
+
+def baseline_scores(run: Run, baseline: Baseline) -> Float[np.ndarray, "q n"]:
+    """Return the scores of a baseline.
+
+    Raises:
+        ConfigError: `values.data` is not set.
+        DataError: the validation examples cannot be used.
+    """
+    config, examples = run.config, run.examples
+    queries = load_validation_examples(config.data, config.values)
+    if config.data.overlong == "skip":
+        queries = encode_examples(config, run.extractor, queries).examples
+    if baseline == "random":
+        return stream(config.seed, "evaluate", "random").standard_normal((len(queries), len(examples)))
+    if baseline == "loss":
+        losses = RowStore.open(config.layout.features).column("loss").astype(np.float64)
+        return np.tile(-losses, (len(queries), 1))
+    has_labels = bool(config.data.label_words)
+    train, asked = _texts(examples, has_labels), _texts(queries, has_labels)
+    if baseline == "tfidf":
+        found = tfidf_scores(train, asked)
+    elif baseline == "bm25":
+        found = bm25_scores(train, asked)
+    else:
+        found = _embedding_scores(run, examples, queries)
+    return np.where(_agreement(examples, queries), found, -found) if has_labels else found
+
+
+def bm25_scores(
+    train_texts: Sequence[str], query_texts: Sequence[str], k1: float = 1.5, b: float = 0.75
+) -> Float[np.ndarray, "q n"]:
+    """Score training texts for each query text by Okapi BM25.
+
+    Args:
+        train_texts: the documents.
+        query_texts: their words are the queries; a word asked twice counts twice.
+        k1: how soon repeated words stop to count.
+        b: how much long documents are scaled down.
+    """
+    vectorizer = CountVectorizer(token_pattern=r"(?u)\b\w+\b")
+    counts = vectorizer.fit_transform(train_texts).tocsr().astype(np.float64)
+    lengths = np.asarray(counts.sum(axis=1)).ravel()
+    found_in = np.asarray((counts > 0).sum(axis=0)).ravel()
+    rarity = np.log(1 + (len(train_texts) - found_in + 0.5) / (found_in + 0.5))
+    rows, columns = counts.nonzero()
+    scale = k1 * (1 - b + b * lengths / lengths.mean())
+    weights = rarity[columns] * counts.data * (k1 + 1) / (counts.data + scale[rows])
+    documents = scipy.sparse.csr_matrix((weights, (rows, columns)), shape=counts.shape)
+    return np.asarray((vectorizer.transform(query_texts) @ documents.T).todense(), np.float64)
+
+
+def _texts(examples: Sequence[Example], prompts_only: bool) -> list[str]:
+    return [
+        example.prompt_text if prompts_only else f"{example.prompt_text} {example.completion}" for example in examples
+    ]
+
+
+def _agreement(examples: Sequence[Example], queries: Sequence[Example]) -> Bool[np.ndarray, "q n"]:
+    train = np.array([example.completion.strip() for example in examples])
+    return np.array([query.completion.strip() for query in queries])[:, None] == train[None, :]
+
+
+def _embedding_scores(run: Run, examples: Sequence[Example], queries: Sequence[Example]) -> Float[np.ndarray, "q n"]:
+    encoded = [encode_examples(run.config, run.extractor, rows).encoded for rows in (queries, examples)]
+    asked, train = (unit_rows(_embed(run, rows)) for rows in encoded)
+    return asked @ train.T
+
+
+@torch.no_grad()
+def _embed(run: Run, encoded: Sequence[Encoded]) -> Float[np.ndarray, "m d"]:
+    """Return the mean last hidden state of each text under the base model."""
+    loaded = run.extractor.loaded
+    found: dict[int, Float[np.ndarray, " d"]] = {}
+    for rows in length_batches(list(map(len, encoded)), run.config.features.tokens_per_batch):
+        with batch_memory(run.config, len(rows)), loaded.base_only():
+            batch = collate([encoded[row] for row in rows], loaded.pad_id).to(loaded.device)
+            states = loaded.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
+            ).hidden_states[-1]
+            mask = batch.attention_mask[..., None].to(states.dtype)
+            mean = (states * mask).sum(1) / mask.sum(1)
+        found.update(zip(rows, mean.double().cpu().numpy(), strict=True))
+    return np.array([found[row] for row in range(len(encoded))])
