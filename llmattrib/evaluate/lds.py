@@ -13,9 +13,15 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
+from llmattrib.config import RunConfig
 from llmattrib.errors import MethodError
+from llmattrib.evaluate.scores import BASELINES, baseline_scores, method_scores
 from llmattrib.games.subset_table import SubsetRows
+from llmattrib.progress import Progress, silent
+from llmattrib.query import Run
+from llmattrib.retrain import retrained_rows
 from llmattrib.rng import stream
+from llmattrib.values.validation import load_validation
 
 NUM_RESAMPLES = 1000
 
@@ -35,6 +41,26 @@ class Lds:
     low: float
     high: float
     per_prompt: Float[np.ndarray, " q"]
+
+
+def lds_of_run(config: RunConfig, progress: Progress = silent) -> dict[str, Lds]:
+    """Score the methods of `reduce.methods` and the baselines of scores.py against the run's sub-models.
+
+    Returns:
+        Method or baseline -> its score, best first.
+
+    Raises:
+        StoreNotFoundError, IncompleteStoreError, StaleIndexError: a stage is missing or outdated, `retrain` too.
+        MethodError: the sub-models are of other prompts or examples.
+    """
+    rows, run = retrained_rows(config), Run(config)
+    validation = load_validation(run, progress)
+    found: dict[str, Lds] = {}
+    for method in config.reduce.methods:
+        found[method] = lds(method_scores(run, method, validation), rows, config.seed)
+    for baseline in BASELINES:
+        found[baseline] = lds(baseline_scores(run, baseline), rows, config.seed)
+    return dict(sorted(found.items(), key=lambda item: -item[1].lds))
 
 
 def lds(scores: Float[np.ndarray, "q n"], rows: SubsetRows, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> Lds:

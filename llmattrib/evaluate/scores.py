@@ -110,13 +110,13 @@ def _texts(examples: Sequence[Example], prompts_only: bool) -> list[str]:
 
 def _agreement(examples: Sequence[Example], queries: Sequence[Example]) -> Bool[np.ndarray, "q n"]:
     train = np.array([example.completion.strip() for example in examples])
-    return np.array([query.completion.strip() for query in queries])[:, None] == train[None, :]
+    return np.asarray(np.array([query.completion.strip() for query in queries])[:, None] == train[None, :])
 
 
 def _embedding_scores(run: Run, examples: Sequence[Example], queries: Sequence[Example]) -> Float[np.ndarray, "q n"]:
     encoded = [encode_examples(run.config, run.extractor, rows).encoded for rows in (queries, examples)]
     asked, train = (unit_rows(_embed(run, rows)) for rows in encoded)
-    return asked @ train.T
+    return np.asarray(asked @ train.T)
 
 
 @torch.no_grad()
