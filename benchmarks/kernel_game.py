@@ -17,7 +17,7 @@ error, products of E at all nodes (`estimators.response`) and the machine's load
 seconds / d log n of the cavity form by least squares; `slope_a_round` the same of seconds a fixed-point round, since
 the number of nodes varies.
 
-Results are merged by key into benchmarks/results/kernel_game.json.
+Results are merged by key into benchmarks/results/kernel_game.json, and the scaling into docs/kernel_game.md.
 """
 
 import argparse
@@ -39,6 +39,8 @@ from llmattrib.games.kernel import KernelGame
 from llmattrib.rng import stream
 
 RESULT = Path(__file__).parent / "results" / "kernel_game.json"
+PAGE = Path(__file__).parents[1] / "docs" / "kernel_game.md"
+BEGIN, END = "<!-- scaling:begin -->\n", "<!-- scaling:end -->\n"
 
 
 def merge(key: str, value: Any) -> None:
@@ -227,6 +229,28 @@ def mean_field_scaling(gradient_sizes: list[int], cavity_sizes: list[int]) -> di
     }
 
 
+def scaling_table(result: dict[str, Any]) -> str:
+    """Render the scaling for docs/kernel_game.md."""
+    lines = [
+        "| form | examples | wall seconds, 2 threads | CPU seconds | fixed-point rounds | peak memory | sum-rule error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['form']} | {row['num_players']:,} | {row['wall_seconds']:.0f} | {row['cpu_seconds']:.0f} "
+            f"| {row['num_rounds']} | {row['peak_memory_bytes'] / 1e9:.2f} GB | {row['sum_rule_error']:.1e} |"
+        )
+    slopes = f"{result['slope']:.2f} in all, {result['slope_a_round']:.2f} a round"
+    return "\n".join([*lines, "", f"CPU seconds of the cavity form grow with the power {slopes}, of n."]) + "\n"
+
+
+def write_docs(result: dict[str, Any]) -> None:
+    """Write the scaling into its page."""
+    text = PAGE.read_text(encoding="utf-8")
+    head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
+    PAGE.write_text(head + BEGIN + scaling_table(result) + END + tail, encoding="utf-8")
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -251,7 +275,9 @@ def main() -> None:
         speedups = {f"n{row['num_players']}": row["speedup"]["published"] for row in rows}
         merge("permutation_speedup", speedups | {"rows": rows})
     if options.only != "permutation_speedup":
-        merge("mean_field_scaling", mean_field_scaling(options.gradient_sizes, options.cavity_sizes))
+        scaling = mean_field_scaling(options.gradient_sizes, options.cavity_sizes)
+        merge("mean_field_scaling", scaling)
+        write_docs(scaling)
 
 
 if __name__ == "__main__":

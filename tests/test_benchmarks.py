@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from benchmarks import label_words
+from benchmarks import kernel_game, label_words
 from benchmarks.demo import BEGIN, END, README, RESULT, pool, table
 
 
@@ -22,6 +22,26 @@ def test_recorded_figures_reach_what_is_promised() -> None:
     assert stored["dim"] == 4096
     assert stored["frobenius_error"] <= 0.08
     assert all(run["peak_memory_bytes"] <= 4 << 30 for run in result["runs"])
+
+
+def test_the_scaling_of_the_kernel_game_is_rendered_from_the_result() -> None:
+    text = kernel_game.PAGE.read_text(encoding="utf-8")
+    scaling = json.loads(kernel_game.RESULT.read_text())["mean_field_scaling"]
+    assert text.partition(kernel_game.BEGIN)[2].partition(kernel_game.END)[0] == kernel_game.scaling_table(scaling)
+
+
+def test_recorded_figures_of_the_kernel_game_reach_what_is_promised() -> None:
+    result = json.loads(kernel_game.RESULT.read_text())
+    large = result["mean_field_n5000_p512"]
+    assert large["seconds"] <= 30
+    assert large["peak_memory_bytes"] <= 4 << 30
+    assert large["sum_rule_error"] <= 2e-3
+    assert large["relative_error"] <= 0.02
+    assert large["top10_overlap"] >= 0.97
+    rows = result["mean_field_scaling"]["rows"]
+    (longest,) = [row for row in rows if (row["form"], row["num_players"]) == ("total_gradient", 20_000)]
+    assert longest["wall_seconds"] <= 300
+    assert result["mean_field_scaling"]["slope"] <= 1.1
 
 
 def test_pooling_weighs_prompts_equally() -> None:
