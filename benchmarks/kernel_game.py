@@ -232,7 +232,7 @@ def mean_field_scaling(gradient_sizes: list[int], cavity_sizes: list[int]) -> di
 def scaling_table(result: dict[str, Any]) -> str:
     """Render the scaling for docs/kernel_game.md."""
     lines = [
-        "| form | examples | wall seconds, 2 threads | CPU seconds | fixed-point rounds | peak memory | sum-rule error |",
+        "| form | examples | wall seconds, 2 threads | CPU seconds | fixed-point rounds | peak memory | sum rule |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
