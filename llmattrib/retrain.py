@@ -120,7 +120,7 @@ def _path(config: RunConfig, seed: int) -> str:
 
 
 def _tables(config: RunConfig) -> list[SubsetTable]:
-    return [SubsetTable.open(_path(config, seed)) for seed in range(config.retraining.num_seeds)]
+    return [SubsetTable.open(_path(config, seed), made_by=MADE_BY) for seed in range(config.retraining.num_seeds)]
 
 
 def _adapter(config: RunConfig) -> str | None:

@@ -237,7 +237,9 @@ class ValuesConfig(Section):
     `limit` takes its first examples. `method` is one of reduce's, from stored representers; `permutation`, `subset`,
     `one_sample`, `msr_banzhaf` and `ame_lasso` sample the kernel game of reduce's settings; `knn_shapley` and
     `freeshap` play games of their own (docs/methods.md section 7).
-    `utility`, a mean over prompts, is the game's `prediction` for the right answer (`auto`), or with label words
+    `game` is the kernel game, or `retraining`: `ame_lasso` and `msr_banzhaf` then read the sub-models of `llmattrib
+    retrain`, whose utility is the mean log-odds of the right answers, and need no features.
+    `utility`, a mean over prompts, is the kernel game's `prediction` for the right answer (`auto`), or with label words
     `log_likelihood` (`auto` of freeshap) or `accuracy`; values from representers and `subset` are of predictions.
     `num_samples` are random subsets: draws that certify the signs of a semivalue (0 for none), and rows of the table.
     `tolerance` stops a permutation at that part of the utility's range (`auto`: freeshap 0.05, permutation never).
@@ -248,6 +250,7 @@ class ValuesConfig(Section):
     split: str = "validation"
     limit: PositiveInt | None = None
     method: ValuesMethod = "shapley"
+    game: Literal["kernel", "retraining"] = "kernel"
     utility: Literal["auto", "prediction", "log_likelihood", "accuracy"] = "auto"
     num_samples: int = Field(256, ge=0)
     num_permutations: int = Field(200, gt=0, multiple_of=2)
@@ -265,13 +268,13 @@ class RetrainingConfig(Section):
     """Sub-models, each a fine-tune on a random subset of the examples: what `llmattrib retrain` makes.
 
     Each answers the prompts of `values.data`. `design` is how subsets are drawn: `banzhaf` keeps an example with
-    probability 1/2, `attribution` and `shapley` are those of AME, `sizes` serves every semivalue, `leave_out` leaves
-    one example out at a time. Each subset is trained with seeds `seed`, `seed` + 1, ...: `num_seeds` of them.
+    probability 1/2, `attribution` and `shapley` are those of AME, `leave_out` leaves one example out at a time. Each
+    subset is trained with seeds `seed`, `seed` + 1, ...: `num_seeds` of them.
     `warm_start` begins every fine-tune at the adapter of the run instead of a fresh one. `shard_size` subsets are
     saved together: what a killed job loses.
     """
 
-    design: Literal["banzhaf", "attribution", "shapley", "sizes", "leave_out"] = "banzhaf"
+    design: Literal["banzhaf", "attribution", "shapley", "leave_out"] = "banzhaf"
     num_subsets: PositiveInt = 200
     num_seeds: PositiveInt = 1
     warm_start: bool = False

@@ -1,7 +1,7 @@
 """Checks of a whole run: every byte of its stores, and that each was made from what is there now.
 
     features, validation features, representers    every shard: crc32c, checksum, finite numbers; vectors; fingerprints
-    values/subsets.zarr                            every shard of the table
+    values/subsets.zarr, retraining/seed<k>.zarr   every shard of the tables
     examples.parquet, values/<method>.*            number of rows, fingerprints
     index/<method>.*                               checksums, and the vectors against the representers
     everything                                     temporary files and locks that killed processes left
@@ -127,7 +127,7 @@ class _Checks:
 
     def locks(self) -> list[str]:
         """Return what is locked in a run: always the features, and of the others those that are there."""
-        others = ("representers", "index", "values")
+        others = ("representers", "index", "values", "retraining")
         names = [name for name in others if any(map(storage.exists, map(self.layout.path, (name, f"{name}.lock"))))]
         return [self.short(self.layout.features), *names]
 
@@ -170,6 +170,7 @@ class _Checks:
         digest = features.digest() if features is not None and is_sound else None
         yield from self.representers(digest)
         yield from self.values(digest)
+        yield from self.sub_models()
         if not has_writer:
             yield from self.leftovers()
 
@@ -324,6 +325,16 @@ class _Checks:
         for name in self.names("values", VALUES_FILES):
             yield from self.values_of(name, features)
 
+    def sub_models(self) -> Iterator[Finding]:
+        """The tables of sub-models, one for each training seed."""
+        rerun = self.command("retrain")
+        for name in self.names("retraining", (".zarr",)):
+            found = list[Finding]()
+            table = self.open(self.layout.path("retraining", f"{name}.zarr"), TableStore.open, rerun, found)
+            yield from found
+            if table is not None:
+                yield from self.problems(table, table.verify(), rerun)
+
     def table_command(self) -> str:
         """Return what fills the table: values of a method that reads it, without those that would be kept."""
         own = self.config.values.method
@@ -346,7 +357,7 @@ class _Checks:
                 what = "its files hold different values"
             elif not np.isfinite(values).all():
                 what = f"the value of row {int(np.argmin(np.isfinite(values)))} is not finite"
-            elif features is not None and manifest["fingerprint"]["features"] != features:
+            elif features is not None and manifest["fingerprint"].get("features", features) != features:
                 what = OUTDATED
         except (ValueError, OSError, KeyError, TypeError, pa.ArrowException) as error:
             what = f"is missing a file or cannot be read ({error})"

@@ -98,6 +98,7 @@ SIZES = Design("sizes", by_size=True)
 LEAVE_OUT = Design("leave_out", leave_out=True)
 """For leave-one-out."""
 DESIGNS = {design.name: design for design in (ATTRIBUTION, SHAPLEY, BANZHAF, SIZES, LEAVE_OUT)}
+"""By name."""
 
 
 def size_chances(num_players: int) -> Float[np.ndarray, " k"]:
@@ -199,13 +200,13 @@ class SubsetTable:
         return cls(TableStore.create(path, TableManifest(columns, shard_size, fingerprint)))
 
     @classmethod
-    def open(cls, path: str, *, read_only: bool = True) -> "SubsetTable":
+    def open(cls, path: str, *, made_by: str = "SubsetTable.create", read_only: bool = True) -> "SubsetTable":
         """Open a table that is there.
 
         Raises:
             StoreNotFoundError: there is none.
         """
-        return cls(TableStore.open(path, made_by="SubsetTable.create", read_only=read_only))
+        return cls(TableStore.open(path, made_by=made_by, read_only=read_only))
 
     @property
     def designs(self) -> list[Design]:

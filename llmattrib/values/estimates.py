@@ -20,18 +20,19 @@ from llmattrib.estimators.ame import AmeRegression, Knockoffs
 from llmattrib.estimators.freeshap import FreeShap, KernelProblem
 from llmattrib.estimators.knn import knn_shapley, soft_knn_shapley
 from llmattrib.estimators.moments import MIN_COUNT, Moments
-from llmattrib.estimators.one_sample import msr_banzhaf, table_values
+from llmattrib.estimators.one_sample import TableValues, msr_banzhaf, table_values
 from llmattrib.estimators.permutation import Permutation, UtilityResult
 from llmattrib.estimators.quadrature import SHAPLEY as SHAPLEY_VALUE
 from llmattrib.estimators.quadrature import Semivalue
 from llmattrib.estimators.subset import Subset
 from llmattrib.games.memory import require_memory
-from llmattrib.games.subset_table import ATTRIBUTION, BANZHAF, SHAPLEY, SIZES, Design, SubsetTable
+from llmattrib.games.subset_table import ATTRIBUTION, BANZHAF, SHAPLEY, SIZES, Design, SubsetRows, SubsetTable
 from llmattrib.index import nearest_rows
 from llmattrib.methods import MethodName
 from llmattrib.progress import Progress
 from llmattrib.query import current_representers
 from llmattrib.reader import FeatureReader
+from llmattrib.retrain import retrained_rows
 from llmattrib.scorers.gradient import unit_rows
 from llmattrib.sections import ValuesConfig
 from llmattrib.semivalues import semivalue_of
@@ -220,29 +221,63 @@ def from_table(
     table.fill(lambda members: game.worth(members, names), progress)
     rows = table.rows(design).first(values.num_samples)
     rows = replace(rows, utilities=rows.utilities[:, [names.index(utility)]])
-    if values.method == "ame_lasso":
-        effects = AmeRegression().init(rows)
-        chosen = [
-            Knockoffs(values.false_discovery_rate, harmful).init(rows).selected[:, 0] for harmful in (False, True)
-        ]
-        notes: tuple[str, ...] = (
-            f"helpful and harmful are selected by knockoffs at a false-discovery rate of "
-            f"{values.false_discovery_rate:g}, at least {int(np.ceil(1 / values.false_discovery_rate))} or none",
-            f"{int(effects.num_selected[0]):,} examples have a value; LASSO shrinks it",
-        )
-        signs = chosen[0].astype(np.int8) - chosen[1].astype(np.int8)
-        return Estimate(effects.values[:, 0], None, None, None, signs, notes=(*game.notes, *notes))
+    if values.method != "one_sample":
+        return _of_rows(values, rows, game.notes)
     ends = game.ends(utility)
+    found = table_values(rows, SHAPLEY_VALUE, np.array(ends[:1]), np.array(ends[1:]))
+    return replace(_normal(found, values.confidence, game.notes), empty=ends[0], full=ends[1])
+
+
+def from_sub_models(config: RunConfig) -> Estimate:
+    """Read values from the sub-models of `llmattrib retrain`, in the mean log-odds of the prompts' answers.
+
+    Raises:
+        StoreNotFoundError: nothing was retrained.
+        MethodError: the method reads no such subsets, or there are too few.
+    """
+    values = config.values
+    if values.method not in ("ame_lasso", "msr_banzhaf"):
+        raise MethodError(
+            f"values.method={values.method} cannot read sub-models",
+            expected="ame_lasso or msr_banzhaf for values.game=retraining",
+            fix="set one of them, or values.game=kernel",
+        )
+    _require_samples(values)
+    rows = retrained_rows(config, table_design(values))
+    if len(rows.p) < values.num_samples:
+        raise MethodError(
+            f"{len(rows.p):,} subsets of the design {rows.design.name} are trained with every seed",
+            expected=f"values.num_samples={values.num_samples:,}",
+            fix=f"run `llmattrib retrain` with retraining.design={rows.design.name} and "
+            f"retraining.num_subsets={values.num_samples}, or lower values.num_samples",
+        )
+    rows = rows.first(values.num_samples)
+    return _of_rows(values, replace(rows, utilities=rows.utilities.mean(axis=1, keepdims=True)), ())
+
+
+def _of_rows(values: ValuesConfig, rows: SubsetRows, notes: tuple[str, ...]) -> Estimate:
+    """Read the values of one utility from subsets of the method's design."""
     if values.method == "msr_banzhaf":
-        found = msr_banzhaf(rows)
-    else:
-        found = table_values(rows, SHAPLEY_VALUE, np.array(ends[:1]), np.array(ends[1:]))
+        return _normal(msr_banzhaf(rows), values.confidence, notes)
+    effects = AmeRegression().init(rows)
+    chosen = [Knockoffs(values.false_discovery_rate, harmful).init(rows).selected[:, 0] for harmful in (False, True)]
+    notes += (
+        f"helpful and harmful are selected by knockoffs at a false-discovery rate of "
+        f"{values.false_discovery_rate:g}, at least {int(np.ceil(1 / values.false_discovery_rate))} or none",
+        f"{int(effects.num_selected[0]):,} examples have a value; LASSO shrinks it",
+    )
+    signs = chosen[0].astype(np.int8) - chosen[1].astype(np.int8)
+    return Estimate(effects.values[:, 0], None, None, None, signs, notes=notes)
+
+
+def _normal(found: TableValues, confidence: float, notes: tuple[str, ...]) -> Estimate:
+    """Return estimates with normal intervals."""
     mean, error = found.values[:, 0], found.standard_errors[:, 0]
-    half = float(scipy.stats.norm.ppf((1 + values.confidence) / 2)) * error
+    half = float(scipy.stats.norm.ppf((1 + confidence) / 2)) * error
     signs = np.where(np.abs(mean) > half, np.sign(mean), 0).astype(np.int8)
-    empty, full = ends if values.method == "one_sample" else (None, None)
-    notes = (*game.notes, "intervals are normal, of one value at a time")
-    return Estimate(mean, error, mean - half, mean + half, signs, empty, full, notes)
+    return Estimate(
+        mean, error, mean - half, mean + half, signs, notes=(*notes, "intervals are normal, of one value at a time")
+    )
 
 
 def _game_identity(game: ValidationGame) -> dict[str, object]:

@@ -11,10 +11,12 @@ process.
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from llmattrib.config import RunConfig
+from llmattrib.config import RunConfig, digest
+from llmattrib.data import Example
 from llmattrib.errors import MethodError
 from llmattrib.estimators.moments import SIGNS
 from llmattrib.lock import locked
@@ -22,16 +24,20 @@ from llmattrib.methods import MethodName
 from llmattrib.progress import Progress, silent
 from llmattrib.query import Run, current_representers
 from llmattrib.reader import FeatureReader
+from llmattrib.retrain import retrained_rows
 from llmattrib.settings import resolve
 from llmattrib.store import RowStore
+from llmattrib.train import training_inputs
 from llmattrib.values.estimates import (
     Estimate,
     from_freeshap,
     from_neighbors,
     from_permutations,
     from_representers,
+    from_sub_models,
     from_subsets,
     from_table,
+    table_design,
 )
 from llmattrib.values.game import UtilityName, ValidationGame
 from llmattrib.values.result import DataValue, ValuesResult, read_values, write_values
@@ -71,6 +77,8 @@ def compute_values(config: RunConfig, progress: Progress = silent) -> ValuesResu
         StoreLockedError: another process values this run now.
     """
     started = time.perf_counter()
+    if config.values.game == "retraining":
+        return replace(_of_sub_models(config), seconds=time.perf_counter() - started)
     utility = resolve_utility(config)
     run = Run(config)
     reader = FeatureReader(RowStore.open(config.layout.features))
@@ -87,9 +95,29 @@ def compute_values(config: RunConfig, progress: Progress = silent) -> ValuesResu
         if result is None:
             kept = KeptMoments(config.layout.path("values", f"{name}.npz"), {**data, "seed": config.seed})
             estimate = _estimate(config, reader, validation, utility, data, kept, progress)
-            result = _result(run, validation, utility, estimate, paths)
+            result = _result(config, run.examples, len(validation.labels), utility, estimate, paths)
+            result = replace(result, notes=(*result.notes, *_validation_notes(config, validation)))
             write_values(result, settings, fingerprint)
     return replace(result, seconds=time.perf_counter() - started)
+
+
+def _of_sub_models(config: RunConfig) -> ValuesResult:
+    """Value examples by the retraining game."""
+    name = f"{config.values.method}_retraining"
+    paths = [config.layout.path("values", f"{name}.{suffix}") for suffix in ("csv", "parquet")]
+    settings = {**_settings(config, "log_odds"), "game": "retraining"}
+    estimate = from_sub_models(config)
+    rows = retrained_rows(config, table_design(config.values))
+    seeds = config.retraining.num_seeds
+    fingerprint = {"sub_models": digest(rows.utilities.tolist()), "settings": settings, "seeds": seeds}
+    fingerprint = json.loads(json.dumps(fingerprint))
+    with locked(config.layout.path("values")):
+        result = read_values(paths[0], paths[1], fingerprint)
+        if result is None:
+            examples, _ = training_inputs(config)
+            result = _result(config, examples.examples, rows.utilities.shape[1], "log_odds", estimate, paths)
+            write_values(result, settings, fingerprint)
+    return result
 
 
 def resolve_utility(config: RunConfig) -> UtilityName:
@@ -116,7 +144,7 @@ def resolve_utility(config: RunConfig) -> UtilityName:
     return utility
 
 
-def _settings(config: RunConfig, utility: UtilityName) -> dict[str, Any]:
+def _settings(config: RunConfig, utility: str) -> dict[str, Any]:
     """Return what the values depend on besides data and game, as JSON."""
     method = config.values.method
     options = config.values.model_dump(mode="json")
@@ -166,8 +194,22 @@ def _estimate(
     return from_table(config, game, utility, data, progress)
 
 
+def _validation_notes(config: RunConfig, validation: Validation) -> list[str]:
+    """Return what a reader should know of the validation set."""
+    counts = {"cut to fit": validation.num_truncated, "skipped as too long": validation.num_skipped}
+    notes = [f"{count:,} validation examples {what}" for what, count in counts.items() if count]
+    if config.features.output == "pntk":
+        notes.append("features of output pntk know no answer: values measure likeness, their signs mean nothing")
+    return notes
+
+
 def _result(
-    run: Run, validation: Validation, utility: UtilityName, estimate: Estimate, paths: list[str]
+    config: RunConfig,
+    examples: Sequence[Example],
+    num_validation: int,
+    utility: str,
+    estimate: Estimate,
+    paths: list[str],
 ) -> ValuesResult:
     """Join values with the texts of their examples."""
 
@@ -175,7 +217,7 @@ def _result(
         return [None] * len(estimate.values) if array is None else array.tolist()
 
     columns = zip(
-        run.examples,
+        examples,
         estimate.values.tolist(),
         *(column(array) for array in (estimate.standard_error, estimate.lower, estimate.upper)),
         estimate.signs.tolist(),
@@ -187,19 +229,15 @@ def _result(
         )
         for example, value, error, lower, upper, sign in columns
     )
-    counts = {"cut to fit": validation.num_truncated, "skipped as too long": validation.num_skipped}
-    notes = [f"{count:,} validation examples {what}" for what, count in counts.items() if count]
-    if run.config.features.output == "pntk":
-        notes.append("features of output pntk know no answer: values measure likeness, their signs mean nothing")
     return ValuesResult(
         csv_path=paths[0],
         parquet_path=paths[1],
-        method=run.config.values.method,
+        method=config.values.method,
         utility=utility,
-        num_validation=len(validation.labels),
+        num_validation=num_validation,
         expected_total=None if estimate.full is None or estimate.empty is None else estimate.full - estimate.empty,
         values=values,
-        notes=(*estimate.notes, *notes),
+        notes=estimate.notes,
         is_reused=False,
         seconds=0.0,
     )
