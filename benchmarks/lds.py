@@ -1,0 +1,123 @@
+"""Linear datamodelling score of every method against models retrained on random halves of the data.
+
+    python -m benchmarks.lds [--tasks sms facts] [--points init trained] [--docs]
+
+Two tasks on a 1M-parameter Llama (benchmarks/truth/): SMS spam through two label tokens, where answers share no word
+with the messages, and factbook questions. Truth: benchmarks/truth/<task>_margins.npz, sub-models on random halves,
+mean over training seeds. Scores: exact gradients (no sketch), each method at its own defaults.
+
+Methods are named `method` (features at initialisation, one of them: the default), `method, k inits`, and
+`method, k trained` (features at k adapters trained with different seeds). Baselines are those of `llmattrib evaluate`.
+`ceiling` is the score of the truth itself: one seed's margins against the mean of the others, sub-model by sub-model.
+Intervals are 95 %, over prompts and subsets. Adds to benchmarks/results/lds.json, task by task and name by name.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.truth.margins import TASKS, load
+from llmattrib.build import build_features
+from llmattrib.config import RunConfig, load_config
+from llmattrib.evaluate.lds import Lds, lds, spearman
+from llmattrib.evaluate.scores import BASELINES, baseline_scores, method_scores
+from llmattrib.query import Run
+from llmattrib.reduce import reduce_run
+from llmattrib.train import train_adapter
+from llmattrib.values.validation import load_validation
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "lds.json"
+DEFAULT = "shapley"
+METHODS = ("shapley", "banzhaf", "leave_one_out", "influence", "trak", "grad_dot", "grad_cos")
+POINTS = {"init": (1, 3, 5, 10), "trained": (1, 3, 5)}
+
+
+def figures(found: Lds) -> dict[str, Any]:
+    """Return what is recorded of a score."""
+    return {"lds": round(found.lds, 4), "ci95": [round(found.low, 4), round(found.high, 4)]}
+
+
+def variant(task: str, point: str, count: int) -> RunConfig:
+    """Return the run of one linearisation point; trains its adapters."""
+    base = load_config(HERE / "truth" / f"{task}.yaml")
+    tree = base.model_dump(mode="json")
+    tree["run_dir"] = f"runs/lds/{task}/{point}{count}"
+    tree["features"]["linearisation"], tree["features"]["num_inits"] = point, count if point == "init" else 1
+    tree["reduce"]["methods"] = list(METHODS)
+    if point == "trained":
+        tree["model"]["adapters"] = [adapter(base, seed) for seed in range(count)]
+    return RunConfig.model_validate(tree)
+
+
+def adapter(base: RunConfig, seed: int) -> str:
+    """Train the adapter of one seed on all examples."""
+    run_dir = base.run_dir.replace("truth_", "lds/") + f"/adapter{seed}"
+    return train_adapter(base.model_copy(update={"run_dir": run_dir, "seed": seed})).path
+
+
+def scores_of(config: RunConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the scores of every method of a run, from its features on."""
+    build_features(config)
+    reduce_run(config)
+    run = Run(config)
+    validation = load_validation(run)
+    for method in config.reduce.methods:
+        yield method, method_scores(run, method, validation)
+    if config.run_dir.endswith("init1"):
+        for baseline in BASELINES:
+            yield baseline, baseline_scores(run, baseline)
+
+
+def name_of(method: str, point: str, count: int) -> str:
+    """Return the name of a method at a linearisation point."""
+    if method in BASELINES or (point, count) == ("init", 1):
+        return method
+    return f"{method}, {count} {'inits' if point == 'init' else 'trained'}"
+
+
+def ceiling(margins: np.ndarray) -> dict[str, float]:
+    """Return how well one seed ranks the sub-models as the mean of the others does, mean over prompts and seeds."""
+    if len(margins) < 2:
+        return {}
+    found = [
+        np.nanmean(spearman(margins[seed], np.delete(margins, seed, axis=0).mean(axis=0)))
+        for seed in range(len(margins))
+    ]
+    return {"ceiling": round(float(np.mean(found)), 4)}
+
+
+def merge(task: str, found: dict[str, Any], methods: dict[str, Any]) -> None:
+    """Add to the result file."""
+    tree = json.loads(RESULT.read_text()) if RESULT.exists() else {"tasks": {}}
+    old = tree["tasks"].get(task, {}).get("methods", {})
+    ranked = sorted((old | methods).items(), key=lambda item: -item[1]["lds"])
+    tree = {"default_method": DEFAULT, "tasks": tree["tasks"] | {task: {**found, "methods": dict(ranked)}}}
+    RESULT.write_text(json.dumps(tree, indent=1) + "\n")
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--points", nargs="+", choices=list(POINTS), default=list(POINTS))
+    options = parser.parse_args()
+    for task in options.tasks:
+        rows, margins = load(task)
+        found = {"seeds": len(margins), "subsets": len(rows.p), "queries": margins.shape[2], **ceiling(margins)}
+        for point in options.points:
+            for count in POINTS[point]:
+                methods = {}
+                for method, scores in scores_of(variant(task, point, count)):
+                    name = name_of(method, point, count)
+                    methods[name] = figures(lds(scores, rows))
+                    print(task, name, methods[name], flush=True)
+                merge(task, found, methods)
+
+
+if __name__ == "__main__":
+    main()
