@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmattrib.errors import AdapterMismatchError, ModelNotFoundError, UnsupportedAdapterError
@@ -144,3 +145,9 @@ def _widths(module: Any) -> tuple[int, int] | None:
         d_in, d_out = getattr(module.weight, "ds_shape", module.weight.shape)  # as a whole, under ZeRO-3
         return int(d_in), int(d_out)
     return (int(module.in_features), int(module.out_features)) if hasattr(module, "in_features") else None
+
+
+def linear_modules(base: Any) -> list[tuple[str, nn.Module]]:
+    """Return the linear layers of a base model by name, but for the output embedding."""
+    head = base.get_output_embeddings()
+    return [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]

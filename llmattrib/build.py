@@ -112,9 +112,9 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
         extractor = ranks.in_passes(lambda: load_extractor(config, ranks.sharding))
         encoded = ranks.together(lambda: encode_examples(config, extractor, examples))
         plan = _plan(config, extractor, encoded.encoded, ranks)
-        todo, num_appended = ranks.on_main(lambda: _prepare(config, extractor, encoded, plan))
-        store = RowStore.open(path, read_only=False)
-        with deferred() as is_asked:
+        with deferred() as is_asked:  # on every rank before the first shard of any
+            todo, num_appended = ranks.on_main(lambda: _prepare(config, extractor, encoded, plan))
+            store = RowStore.open(path, read_only=False)
             done = _write(config, extractor, encoded, store, ranks, todo, progress, lambda: ranks.is_any(is_asked()))
             told = ranks.gather([done, is_asked()])
         all_done = [shard for part, _ in told for shard in part]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from llmattrib.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, check_adapter, check_shapes
+from llmattrib.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, check_adapter, check_shapes, linear_modules
 from llmattrib.config import digest
 from llmattrib.device import resolve_device
 from llmattrib.distributed import Sharding
@@ -218,14 +218,7 @@ def load_model(
     names = ["default"] if len(adapters) < 2 else [f"adapter{number}" for number in range(len(adapters))]
     paths = [Path(adapter).expanduser() for adapter in adapters]
     base, tokenizer, context, fingerprint = _open_base(config, dtype or config.dtype, device, paths, sharding)
-    if paths:
-        check_shapes(paths, base)
-        with _peft_quiet():
-            model = peft.PeftModel.from_pretrained(base, paths[0], adapter_name=names[0])
-            for name, path in zip(names[1:], paths[1:], strict=True):
-                model.load_adapter(path, adapter_name=name)
-    else:
-        model = _fresh(base, config, seed=0)
+    model = _given(base, paths, names) if paths else _fresh(base, config, seed=0)
     loaded = _loaded(model, tokenizer, names, context)
     loaded.sharding = sharding
     _only_trainable(model, [])
@@ -252,12 +245,7 @@ def prepare_trainable(
     """
     paths = [] if adapter is None else [Path(adapter).expanduser()]
     base, tokenizer, context, fingerprint = _open_base(config, dtype, device, paths)
-    if paths:
-        check_shapes(paths, base)
-        with _peft_quiet():
-            model = peft.PeftModel.from_pretrained(base, paths[0], adapter_name="default")
-    else:
-        model = _fresh(base, config, seed)
+    model = _given(base, paths, ["default"]) if paths else _fresh(base, config, seed)
     loaded = _loaded(model, tokenizer, ["default"], context)
     factors = [factor for layer in loaded.layers for factor in layer.factors("default")[:2]]
     _only_trainable(loaded.model, factors)
@@ -318,6 +306,16 @@ def _open_base(
     if config.quantization is not None:
         fingerprint["quantization"] = config.quantization
     return base, tokenizer, context, fingerprint
+
+
+def _given(base: Any, paths: Sequence[Path], names: Sequence[str]) -> peft.PeftModel:
+    """Put adapters from their folders on the base model."""
+    check_shapes(paths, base)
+    with _peft_quiet():
+        model = peft.PeftModel.from_pretrained(base, paths[0], adapter_name=names[0])
+        for name, path in zip(names[1:], paths[1:], strict=True):
+            model.load_adapter(path, adapter_name=name)
+    return model
 
 
 def _fresh(base: Any, config: ModelConfig, seed: int) -> peft.PeftModel:
@@ -395,12 +393,6 @@ def _targets(base: Any, lora: LoraConfig) -> tuple[str | list[str], list[int] | 
             fix="put the layers into the pattern",
         )
     return targets, list(range(first, last + 1))
-
-
-def linear_modules(base: Any) -> list[tuple[str, nn.Module]]:
-    """Return the linear layers of a base model by name, but for the output embedding."""
-    head = base.get_output_embeddings()
-    return [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
 
 
 def lora_layers(model: peft.PeftModel, adapter: str) -> list[LoraLayer]:

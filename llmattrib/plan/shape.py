@@ -22,12 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
+from llmattrib.adapters import linear_modules
 from llmattrib.config import RunConfig
 from llmattrib.errors import ModelNotFoundError, first_line
 from llmattrib.features.capture import Tap, capture
 from llmattrib.features.outputs import Reading, evaluate_output
 from llmattrib.features.sketch import Block
-from llmattrib.model import LoraLayer, empty_adapter, linear_modules
+from llmattrib.model import LoraLayer, empty_adapter
 from llmattrib.weights import load_architecture, quiet_loading
 
 
