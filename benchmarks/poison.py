@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.truth.tasks import rows_of
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, validate_config
-from llmattrib.evaluate.scores import baseline_scores
+from llmattrib.evaluate.scores import BASELINES, baseline_scores
 from llmattrib.query import Run
 from llmattrib.reduce import reduce_run
 from llmattrib.retrain import retrain
@@ -66,10 +66,11 @@ def write_data() -> None:
         (FOLDER / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def config_of(**sections: Any) -> RunConfig:
-    """Return the run with some settings replaced."""
+def config_of(seed: int = 0, **sections: Any) -> RunConfig:
+    """Return the run of a seed with some settings replaced."""
     tree: dict[str, Any] = {
-        "run_dir": str(FOLDER),
+        "run_dir": str(FOLDER / f"seed{seed}"),
+        "seed": seed,
         "model": {"name": "benchmarks/truth/llama_1m", "lora": {"rank": 8, "alpha": 16}},
         "data": {"train": str(FOLDER / "train.jsonl"), "id": "id", "label_words": ["A", "B"]},
         "train": {"epochs": 4, "learning_rate": 2.0e-3, "batch_size": 10},
@@ -93,28 +94,27 @@ def recall_of(config: RunConfig) -> float:
 
 
 def kernel_game(num_seeds: int) -> dict[str, Any]:
-    """Recall in the kernel game: AME and permutations at each budget, mean over seeds, and methods without samples."""
-    config = config_of()
-    build_features(config)
-    reduce_run(config)
+    """Recall in the kernel game: AME and permutations at each budget, and methods without samples; a run a seed."""
     found: dict[str, Any] = {}
-    for budget in BUDGETS:
-        runs = {"ame_lasso": {"num_samples": budget}, "permutation": {"num_permutations": budget // NUM_EXAMPLES}}
-        for method, setting in runs.items():
-            if not all(setting.values()):
-                continue
-            drawn = [
-                recall_of(config_of(seed=seed, values={"data": config.values.data, "method": method, **setting}))
-                for seed in range(num_seeds)
-            ]
-            found.setdefault(method, {})[str(budget)] = {"mean": float(np.mean(drawn)), "seeds": drawn}
-            print(method, budget, drawn, flush=True)
-    for method in config.reduce.methods:
-        found[method] = recall_of(config_of(values={"data": config.values.data, "method": method, "num_samples": 0}))
-    run = Run(config)
-    is_poison = np.array([example.id.startswith("poison") for example in run.examples])
-    for baseline in ("tfidf", "bm25", "embedding"):
-        found[baseline] = recall(baseline_scores(run, baseline).mean(axis=0), is_poison)  # type: ignore[arg-type]
+    for seed in range(num_seeds):
+        config = config_of(seed)
+        build_features(config)
+        reduce_run(config)
+        settings: dict[str, dict[str, Any]] = {method: {"method": method} for method in config.reduce.methods}
+        for budget in BUDGETS:
+            settings[f"ame_lasso, {budget}"] = {"method": "ame_lasso", "num_samples": budget}
+            if budget >= 2 * NUM_EXAMPLES:
+                settings[f"permutation, {budget}"] = {
+                    "method": "permutation",
+                    "num_permutations": budget // NUM_EXAMPLES,
+                }
+        for name, values in settings.items():
+            found.setdefault(name, []).append(recall_of(config_of(seed, values=values)))
+            print(seed, name, found[name][-1], flush=True)
+        run = Run(config)
+        is_poison = np.array([example.id.startswith("poison") for example in run.examples])
+        for baseline in BASELINES:
+            found.setdefault(baseline, []).append(recall(baseline_scores(run, baseline).mean(axis=0), is_poison))
     return found
 
 
@@ -124,7 +124,7 @@ def retraining_game(num_sub_models: int) -> dict[str, float]:
     retrain(config, progress=lambda done, total: print(f"sub-model {done} of {total}", flush=True))
     found = {}
     for count in range(32, num_sub_models + 1, 32):
-        values = {"data": config.values.data, "method": "ame_lasso", "game": "retraining", "num_samples": count}
+        values = {"method": "ame_lasso", "game": "retraining", "num_samples": count}
         found[str(count)] = recall_of(config_of(values=values, retraining=config.retraining.model_dump()))
         print("sub-models", count, "recall", found[str(count)], flush=True)
     return found
