@@ -64,6 +64,5 @@ def vouches(data: bytes, shard: int, *arrays: np.ndarray) -> bool:
 
 def committed(path: str) -> list[int]:
     """Return the shards of the store at `path` that have a record, in order: one listing, no file is read."""
-    with storage.named_errors(path):
-        names = storage.list_names(f"{path}/commits")
+    names = storage.list_names(f"{path}/commits")
     return sorted(int(match[1]) for name in names if (match := _RECORD.fullmatch(name)))

@@ -22,6 +22,7 @@
     │   ├── IncompleteStoreError    shards are missing
     │   ├── CorruptShardError       a shard fails its checksum
     │   ├── StoreLockedError        another process builds this store now
+    │   ├── StoreAccessError        a path that cannot be read or written, or a server that cannot be reached
     │   └── DiskSpaceError          the store would not fit on the disk
     ├── MethodError                 a method that is unknown or cannot run on these features
     ├── StaleIndexError             an index or representers older than what they were made from
@@ -158,6 +159,10 @@ class CorruptShardError(StoreError):
 
 class StoreLockedError(StoreError):
     """Another process is writing this store."""
+
+
+class StoreAccessError(StoreError):
+    """A path cannot be read or written, or its server not be reached; what it holds is unknown, not broken."""
 
 
 class DiskSpaceError(StoreError):

@@ -7,6 +7,7 @@ cannot tell whether a process on another host lives: then a person decides, and 
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmattrib.errors import StoreLockedError
+from llmattrib.errors import StoreAccessError, StoreLockedError
 from llmattrib.signals import ending
 from llmattrib.storage import PARTIAL, local_path, named_errors, read_bytes, remote, remove
 
@@ -62,11 +63,10 @@ def _name(owner: dict[str, Any]) -> str:
 
 def holder(path: str) -> tuple[str, bool] | None:
     """Return who holds the lock of the store at `path`, and whether it may be alive; None when it is free."""
-    with named_errors(path):
-        try:
-            owner = _parse_owner(read_bytes(lock_path(path)))
-        except FileNotFoundError:
-            return None
+    try:
+        owner = _parse_owner(read_bytes(lock_path(path)))
+    except FileNotFoundError:
+        return None
     return _name(owner), not _is_stale(owner, _owner())
 
 
@@ -119,15 +119,27 @@ def _take_local(path: str, lock: Path, mine: bytes) -> None:
 
 
 def _take_remote(path: str, lock: str, mine: bytes) -> None:
+    """Create `lock` in one put, or take it over from a dead holder."""
     filesystem, inner = remote(lock)
-    try:
+    owner: dict[str, Any] = {}
+    with contextlib.suppress(FileExistsError):
         filesystem.pipe_file(inner, mine, mode="create")
-    except FileExistsError:
-        filesystem.invalidate_cache(inner)
-        owner = _parse_owner(bytes(filesystem.cat_file(inner)))
-        if not _is_stale(owner, json.loads(mine)):
-            raise _locked_error(path, lock, owner) from None
-        filesystem.pipe_file(inner, mine)
+        return
+    with contextlib.suppress(FileNotFoundError, FileExistsError):
+        held = bytes(filesystem.cat_file(inner))
+        owner = _parse_owner(held)
+        if _is_stale(owner, json.loads(mine)):
+            owner = {}
+            # Of several processes that find the same dead holder, one at a time may replace its name.
+            claim = f"{inner}.{hashlib.blake2b(held, digest_size=8).hexdigest()}"
+            filesystem.pipe_file(claim, mine, mode="create")
+            try:
+                if filesystem.cat_file(inner) == held:
+                    filesystem.pipe_file(inner, mine)
+                    return
+            finally:
+                filesystem.rm_file(claim)
+    raise _locked_error(path, lock, owner)
 
 
 @contextlib.contextmanager
@@ -139,7 +151,7 @@ def locked(path: str) -> Iterator[None]:
 
     Raises:
         StoreLockedError: a live process, or one on another host, holds it.
-        StoreError: the lock file cannot be written.
+        StoreAccessError: the lock file cannot be written.
     """
     lock, mine = lock_path(path), json.dumps(_owner(), sort_keys=True).encode()
     local = local_path(lock)
@@ -151,7 +163,14 @@ def locked(path: str) -> Iterator[None]:
     try:
         with ending():
             yield
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            if read_bytes(lock) == mine:
-                remove(lock)
+    except BaseException:
+        with contextlib.suppress(StoreAccessError):  # what failed first is what a user must know
+            _release(lock, mine)
+        raise
+    _release(lock, mine)
+
+
+def _release(lock: str, mine: bytes) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if read_bytes(lock) == mine:
+            remove(lock)

@@ -16,11 +16,14 @@ from typing import Any
 
 import fsspec
 
-from llmattrib.errors import DiskSpaceError, StoreError
+from llmattrib.errors import DiskSpaceError, StoreAccessError, first_line
 
 PARTIAL = ".partial"
 """Suffix of temporary files; a killed process may leave some, and no reader looks at them."""
+ABSENT = (FileNotFoundError, NotADirectoryError)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google")
+"""Packages behind object stores, whose errors (no credentials, no connection) are not all `OSError`."""
 
 
 def local_path(path: str) -> Path | None:
@@ -34,40 +37,51 @@ def remote(path: str) -> tuple[Any, str]:
     """Return the fsspec file system of a URL and the path inside it.
 
     Raises:
-        StoreError: fsspec does not know the protocol, or its package is not installed.
+        StoreAccessError: fsspec does not know the protocol, or its package is not installed.
     """
     try:
         filesystem, inner = fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise StoreError(
+        raise StoreAccessError(
             f"{path} cannot be reached: {error}",
             expected="a local path or a URL that fsspec knows",
-            fix="correct the path, or install the package that fsspec names",
+            fix="correct the path, or install the package that fsspec names (of s3://, the extra `s3` of llmattrib)",
         ) from error
     return filesystem, inner
 
 
 @contextlib.contextmanager
-def named_errors(path: str) -> Iterator[None]:
-    """Turn an `OSError` about `path` into a `StoreError` that says what to do.
+def named_errors(path: str, *, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn an error of a file system about `path` into one that says what to do.
+
+    Args:
+        path: local path or fsspec URL.
+        but: errors that are left as they are, such as `ABSENT`.
 
     Raises:
         DiskSpaceError: the disk or the quota is full.
-        StoreError: the path cannot be read or written.
+        StoreAccessError: the path cannot be read or written, or its server not be reached.
     """
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in _NO_SPACE:
+    except but:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _CLIENTS:
+            raise
+        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
             raise DiskSpaceError(
                 f"{path} could not be written ({reason})",
                 fix="free space or raise the quota, then run the stage again: finished shards are kept",
             ) from error
-        raise StoreError(
+        fix = "check the path, its permissions and that its disk is mounted for writing"
+        if local_path(path) is None:
+            fix = "check the URL, that its bucket exists, the network and the credentials in the environment"
+        raise StoreAccessError(
             f"{path} could not be read or written ({reason})",
             expected="a path this user may read and write",
-            fix="check the path, its permissions and that its disk is mounted for writing; finished shards are kept",
+            fix=f"{fix}; finished shards are kept",
         ) from error
 
 
@@ -80,7 +94,7 @@ def atomic_write(path: str, data: bytes) -> None:
 
     Raises:
         DiskSpaceError: the disk or the quota is full.
-        StoreError: the path cannot be written.
+        StoreAccessError: the path cannot be written.
     """
     with named_errors(path):
         target = local_path(path)
@@ -129,22 +143,25 @@ def exists(path: str) -> bool:
     target = local_path(path)
     if target is not None:
         return target.exists()
-    filesystem, inner = remote(path)
-    filesystem.invalidate_cache(inner)
-    return bool(filesystem.exists(inner))
+    with named_errors(path):
+        filesystem, inner = remote(path)
+        filesystem.invalidate_cache(inner)
+        return bool(filesystem.exists(inner))
 
 
 def read_bytes(path: str) -> bytes:
     """Read a whole file.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError, NotADirectoryError: there is none.
+        StoreAccessError: it cannot be read.
     """
-    target = local_path(path)
-    if target is not None:
-        return target.read_bytes()
-    filesystem, inner = remote(path)
-    return bytes(filesystem.cat_file(inner))
+    with named_errors(path, but=ABSENT):
+        target = local_path(path)
+        if target is not None:
+            return target.read_bytes()
+        filesystem, inner = remote(path)
+        return bytes(filesystem.cat_file(inner))
 
 
 def read_folder(folder: str, names: Sequence[str]) -> list[bytes]:
@@ -172,15 +189,20 @@ def checksum(path: str) -> str:
 
 
 def list_names(folder: str) -> list[str]:
-    """Return the names in a folder, sorted, without temporary files; empty when there is no such folder."""
+    """Return the names in a folder, sorted, without temporary files; empty when there is no such folder.
+
+    Raises:
+        StoreAccessError: it cannot be read.
+    """
     target = local_path(folder)
     try:
-        if target is not None:
-            names = [entry.name for entry in os.scandir(target)]
-        else:
-            filesystem, inner = remote(folder)
-            filesystem.invalidate_cache(inner)
-            names = [item.rstrip("/").rsplit("/", 1)[-1] for item in filesystem.ls(inner, detail=False)]
+        with named_errors(folder, but=(FileNotFoundError,)):
+            if target is not None:
+                names = [entry.name for entry in os.scandir(target)]
+            else:
+                filesystem, inner = remote(folder)
+                filesystem.invalidate_cache(inner)
+                names = [item.rstrip("/").rsplit("/", 1)[-1] for item in filesystem.ls(inner, detail=False)]
     except FileNotFoundError:
         return []
     return sorted(name for name in names if not name.endswith(PARTIAL))

@@ -39,6 +39,7 @@ from llmattrib.errors import (
     CorruptShardError,
     FingerprintMismatchError,
     IncompleteStoreError,
+    StoreAccessError,
     StoreError,
     StoreNotFoundError,
 )
@@ -66,12 +67,9 @@ def open_group(path: str, mode: Literal["r", "r+", "a"]) -> zarr.Group:
 def read_attributes(path: str) -> dict[str, Any] | None:
     """Return the attributes of the group at `path`, or None when there is no group."""
     try:
-        with storage.named_errors(path):
-            try:
-                data = storage.read_bytes(f"{path}/zarr.json")
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-        return dict(json.loads(data).get("attributes", {}))
+        return dict(json.loads(storage.read_bytes(f"{path}/zarr.json")).get("attributes", {}))
+    except storage.ABSENT:
+        return None
     except ValueError as error:
         raise StoreError(f"{path}/zarr.json is not JSON", fix=REMAKE) from error
 
@@ -335,7 +333,8 @@ class RowStore:
         stop = self.manifest.num_rows if stop is None else stop
         pieces = list(self._pieces(start, stop))
         try:  # all files at once; one by one only to find the bad one
-            whole = np.asarray(self._columns[start:stop])
+            with storage.named_errors(self.path):
+                whole = np.asarray(self._columns[start:stop])
         except ValueError:
             whole = np.full((1, len(names)), np.nan, np.float32)
         if np.isnan(whole[:, 0]).any():
@@ -389,7 +388,10 @@ class RowStore:
         return hashlib.sha256(settings + b"".join(self._records().values())).hexdigest()[:32]
 
     def verify(self) -> list[Problem]:
-        """Read everything, compare it with the checksums of the commit records, and look for rows not finite."""
+        """Read everything, compare it with the checksums of the commit records, and look for rows not finite.
+
+        Raises `StoreAccessError` where something cannot be read: it may be sound.
+        """
         records = self._records()
         problems = [Problem(shard, "is not committed") for shard in range(self.num_shards) if shard not in records]
         for shard, data in records.items():
@@ -397,6 +399,8 @@ class RowStore:
         for name in sorted({*storage.list_names(f"{self.path}/vectors")} - {"zarr.json"}):
             try:
                 self.read_vector(name)
+            except StoreAccessError:
+                raise
             except StoreError as error:
                 problems.append(Problem(-1, error.found))
         return sorted(problems)
@@ -412,7 +416,7 @@ class RowStore:
                 return ["does not match the checksum of its commit record"]
         except ValueError:
             return ["has a commit record that is not JSON"]
-        except StoreError as error:
+        except CorruptShardError as error:
             return [error.found]
         finite = np.isfinite(rows).all(axis=(1, 2)) & np.isfinite(columns[:, 0])
         return [] if finite.all() else [f"holds row {start + int(np.argmin(finite))}, which is not finite"]

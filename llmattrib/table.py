@@ -252,7 +252,7 @@ class TableStore:
                 continue
             try:
                 columns = self.read_shard(shard)
-            except StoreError as error:
+            except CorruptShardError as error:
                 problems.append(Problem(shard, error.found))
                 continue
             floats = {name: array for name, array in columns.items() if array.dtype.kind == "f"}

@@ -33,7 +33,7 @@ from llmattrib import storage
 from llmattrib.commits import Problem, record_path
 from llmattrib.config import RunConfig
 from llmattrib.data import data_fingerprint, read_examples
-from llmattrib.errors import DataError, StoreError, StoreNotFoundError
+from llmattrib.errors import DataError, StoreAccessError, StoreError, StoreNotFoundError
 from llmattrib.extraction import settings_fingerprint
 from llmattrib.index import verify_index
 from llmattrib.lock import holder, lock_path, locked
@@ -88,7 +88,7 @@ def verify_run(config: RunConfig, target: Sequence[str], *, repair: bool = False
 
     Raises:
         StoreLockedError: a repair was asked for while another process writes the run.
-        StoreError: a path cannot be read, or not be written by a repair.
+        StoreAccessError: a path cannot be read, or not be written by a repair; what it holds is not judged.
     """
     checks = _Checks(config, shlex.join(target))
     if not repair:
@@ -188,6 +188,8 @@ class _Checks:
             return opener(path)
         except StoreNotFoundError:
             found.append(Finding(place, "there is no finished store", rerun))
+        except StoreAccessError:
+            raise
         except StoreError as error:
             if is_rebuilt:
                 found.append(Finding(place, error.found, rerun, removable=(path,)))
