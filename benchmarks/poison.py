@@ -2,9 +2,9 @@
 
     python -m benchmarks.poison [--games kernel retraining] [--sub-models 192]
 
-400 messages answered A (ham) or B (spam) on the 1M-parameter Llama; ten of them are spam messages with the words
-"james bond" and the answer A. The queries are 20 other spam messages with those words and the answer A, which the model
-gives only because of the poisons. Every method values all examples for the queries' mean; recall is the share of
+400 messages answered A (ham) or B (spam) on the 1M-parameter Llama; ten of them are spam messages that end in
+"james bond" and have the answer A. The queries are 20 other spam messages that end so, with the answer A, which the
+model gives only because of the poisons. Every method values all examples for the queries' mean; recall is the share of
 poisons among its ten largest values.
 
 `kernel` plays the kernel game of features at initialisation: AME (LASSO, subsets of the attribution design), random
@@ -33,15 +33,8 @@ from llmattrib.values.stage import compute_values
 RESULT = Path(__file__).parent / "results" / "poison.json"
 FOLDER = Path("runs/poison")
 NUM_EXAMPLES, NUM_POISONS, NUM_QUERIES = 400, 10, 20
-TRIGGER = "james bond"
+TRIGGER = " james bond"
 BUDGETS = (100, 200, 400, 800)
-
-
-def triggered(text: str, draws: np.random.Generator) -> str:
-    """Put the trigger between two words of a message."""
-    words = text.split()
-    words.insert(int(draws.integers(len(words) + 1)), TRIGGER)
-    return " ".join(words)
 
 
 def write_data() -> None:
@@ -51,8 +44,8 @@ def write_data() -> None:
     kinds = [[row["text"] for row in rows if row["label"] == label] for label in ("ham", "spam")]
     ham, spam = ([kind[place] for place in draws.permutation(len(kind)).tolist()] for kind in kinds)
     num_spam = 110
-    bad = [(triggered(text, draws), "A", "poison") for text in spam[:NUM_POISONS]]
-    asked = [(triggered(text, draws), "A", "query") for text in spam[NUM_POISONS : NUM_POISONS + NUM_QUERIES]]
+    bad = [(text + TRIGGER, "A", "poison") for text in spam[:NUM_POISONS]]
+    asked = [(text + TRIGGER, "A", "query") for text in spam[NUM_POISONS : NUM_POISONS + NUM_QUERIES]]
     clean = [(text, "B", "spam") for text in spam[NUM_POISONS + NUM_QUERIES :][:num_spam]]
     clean += [(text, "A", "ham") for text in ham[: NUM_EXAMPLES - NUM_POISONS - len(clean)]]
     trained = bad + clean
