@@ -5,7 +5,7 @@
 Rows are normal with a decaying spectrum, stored in float16. Each line is one job under the real launcher, one thread a
 process: peak resident memory (VmHWM), what importing alone took of it, and CPU seconds of each process. A quarter of
 the rows shows what depends on their number. Representers of one and of two processes are compared. Writes
-benchmarks/results/reduce.json.
+benchmarks/results/reduce.json and the table of docs/scaling.md.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from llmattrib.store import RowStore
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "reduce.json"
+PAGE = ROOT / "docs" / "scaling.md"
+BEGIN, END = "<!-- reduce:begin -->\n", "<!-- reduce:end -->\n"
 SHARD_SIZE = 1024
 COLUMNS = ("norm", "loss", "log_odds", "label")
 
@@ -96,8 +98,24 @@ def difference(first: Path, second: Path) -> float:
     return apart / largest
 
 
+def table(result: dict[str, Any]) -> str:
+    """Render the result for docs/scaling.md; of several processes the figures of the largest."""
+    lines = [
+        "| rows | processes | CPU seconds of a process | wall seconds | peak memory of a process | of it imports |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in result["runs"]:
+        largest = {name: max(rank[name] for rank in run["ranks"]) for name in run["ranks"][0]}
+        peak, imported = (f"{largest[name] / 1e9:.2f} GB" for name in ("peak_bytes", "imported_bytes"))
+        lines.append(
+            f"| {run['rows']:,} | {run['processes']} | {largest['cpu_seconds']:.1f} | {largest['wall_seconds']:.1f} "
+            f"| {peak} | {imported} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Run the benchmark and write its JSON."""
+    """Run the benchmark, write its JSON and fill in the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--dim", type=int, default=512)
@@ -125,7 +143,10 @@ def main() -> None:
                 rows.append(row)
             shutil.rmtree(folder)
     RESULT.write_text(json.dumps({"dim": arguments.dim, "shard_size": SHARD_SIZE, "runs": rows}, indent=2) + "\n")
-    print(RESULT.read_text())
+    text = PAGE.read_text(encoding="utf-8")
+    head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
+    PAGE.write_text(head + BEGIN + table(json.loads(RESULT.read_text())) + END + tail, encoding="utf-8")
+    print(table(json.loads(RESULT.read_text())))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from benchmarks import kernel_game, label_words
+from benchmarks import kernel_game, label_words, reduce
 from benchmarks.demo import BEGIN, END, README, RESULT, pool, table
 
 
@@ -42,6 +42,16 @@ def test_recorded_figures_of_the_kernel_game_reach_what_is_promised() -> None:
     (longest,) = [row for row in rows if (row["form"], row["num_players"]) == ("total_gradient", 20_000)]
     assert longest["wall_seconds"] <= 300
     assert result["mean_field_scaling"]["slope"] <= 1.1
+
+
+def test_the_table_of_reduce_is_rendered_from_the_result_and_memory_is_small() -> None:
+    text = reduce.PAGE.read_text(encoding="utf-8")
+    result = json.loads(reduce.RESULT.read_text())
+    assert text.partition(reduce.BEGIN)[2].partition(reduce.END)[0] == reduce.table(result)
+    large = [run for run in result["runs"] if (run["rows"], result["dim"]) == (200_000, 512)]
+    assert [run["processes"] for run in large] == [1, 2]
+    assert all(rank["peak_bytes"] <= 2.5e9 for run in large for rank in run["ranks"])
+    assert large[1]["relative_difference"] <= 1e-6
 
 
 def test_pooling_weighs_prompts_equally() -> None:
