@@ -54,5 +54,8 @@ def lds(
         loaded = load_config(config, overrides or ())
         with redirect_stdout(sys.stderr), console.bar("evaluate lds, steps", show=not quiet) as progress:
             found = lds_of_run(loaded, progress)
-        rows = [{"method": name, "lds": row.lds, "low": row.low, "high": row.high} for name, row in found.items()]
+        rows = [
+            {"method": name, "lds": row.lds, "low": row.low, "high": row.high, "beyond_size": row.beyond_size}
+            for name, row in found.items()
+        ]
         console.print_records(rows, as_json=as_json)

@@ -1,5 +1,6 @@
 """The linear datamodelling score against scipy and plain arithmetic; baselines against slow definitions."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -45,6 +46,26 @@ def test_it_is_the_mean_of_spearman_over_prompts_and_the_interval_covers():
     assert found.low < found.lds < found.high
     again = lds(scores, rows)
     assert (again.low, again.high) == (found.low, found.high)
+
+
+def test_what_the_size_of_subsets_explains_is_taken_out():
+    """Utilities are size plus a little: ones score high, and nothing beyond size."""
+    scores, rows = game(0.0)
+    size = rows.members.sum(axis=1, keepdims=True).astype(float)
+    rows = dataclasses.replace(rows, utilities=10 * size + rows.utilities)
+    ones = lds(np.ones_like(scores), rows, num_resamples=20)
+    assert ones.lds > 0.9
+    assert ones.beyond_size == 0
+    found = lds(scores, rows, num_resamples=20)
+    assert found.beyond_size == pytest.approx(1)
+    design = np.column_stack([np.ones(NUM_SUBSETS), size])
+
+    def left(values):
+        return values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
+
+    noisy = stream(1, "lds test").standard_normal(scores.shape)
+    slow = spearman(left(rows.members @ noisy.T), left(rows.utilities)).mean()
+    assert lds(noisy, rows, num_resamples=20).beyond_size == pytest.approx(slow)
 
 
 def test_ties_are_averaged_and_constants_undefined():

@@ -158,7 +158,7 @@ def test_lds_by_the_command_line(run, tmp_path):
     done = CliRunner().invoke(app, ["evaluate", "lds", path, "--json"])
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["method"] for row in rows} == {"influence", "random", "loss", "tfidf", "bm25", "embedding"}
+    assert {row["method"] for row in rows} == {"influence", "random", "size", "loss", "tfidf", "bm25", "embedding"}
     assert all(-1 <= row["low"] <= row["lds"] <= row["high"] <= 1 for row in rows)
 
 

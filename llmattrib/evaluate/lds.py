@@ -2,8 +2,11 @@
 
     LDS = mean over prompts q of Spearman( sum_{i in S} score[q, i], U_q(S) )   over held-out random subsets S
 
-U_q(S) are the log-odds of prompt q under sub-models of the stage `retrain`. The interval resamples prompts and subsets
-together (percentile bootstrap), so it covers both.
+U_q(S) are the log-odds of prompt q under sub-models of the stage `retrain`. Subsets in which everybody is by chance
+differ in size, and a model trained on more of the same data is often surer of everything: the baseline `size`, a score
+of 1 for every example, says how much of a score that alone can be. `beyond_size` is the same correlation after a linear
+regression on |S| has been taken out of both sides. The interval resamples prompts and subsets together (percentile
+bootstrap), so it covers both.
 Source: Park et al. 2023 (TRAK), section 4; Ilyas et al. 2022.
 """
 
@@ -34,12 +37,14 @@ class Lds:
         lds: mean over prompts.
         low: lower end of the 95 % interval.
         high: upper end.
+        beyond_size: mean over prompts of the correlation with the size of subsets regressed out.
         per_prompt: [q] Spearman correlation of each prompt; NaN where either side is constant.
     """
 
     lds: float
     low: float
     high: float
+    beyond_size: float
     per_prompt: Float[np.ndarray, " q"]
 
 
@@ -84,6 +89,7 @@ def lds(scores: Float[np.ndarray, "q n"], rows: SubsetRows, seed: int = 0, num_r
         )
     predicted = rows.members.astype(np.float64) @ scores.T
     per_prompt = spearman(predicted, rows.utilities)
+    beyond = spearman(_without_size(predicted, rows), _without_size(rows.utilities, rows))
     draws = stream(seed, "evaluate", "lds")
     num_subsets, num_prompts = predicted.shape
     resampled = []
@@ -94,7 +100,7 @@ def lds(scores: Float[np.ndarray, "q n"], rows: SubsetRows, seed: int = 0, num_r
             found = spearman(predicted[subsets][:, prompts], rows.utilities[subsets][:, prompts])
         resampled.append(_mean(found))
     low, high = np.percentile(resampled, (2.5, 97.5))
-    return Lds(_mean(per_prompt), float(low), float(high), per_prompt)
+    return Lds(_mean(per_prompt), float(low), float(high), _mean(beyond), per_prompt)
 
 
 def spearman(one: Float[np.ndarray, "m q"], other: Float[np.ndarray, "m q"]) -> Float[np.ndarray, " q"]:
@@ -103,6 +109,14 @@ def spearman(one: Float[np.ndarray, "m q"], other: Float[np.ndarray, "m q"]) -> 
     first, second = (rank - rank.mean(axis=0) for rank in ranks)
     norms = np.sqrt((first**2).sum(axis=0) * (second**2).sum(axis=0))
     return np.asarray(np.divide((first * second).sum(axis=0), norms, out=np.full(len(norms), np.nan), where=norms > 0))
+
+
+def _without_size(values: Float[np.ndarray, "m q"], rows: SubsetRows) -> Float[np.ndarray, "m q"]:
+    """Return what a linear regression on the size of the subsets leaves; zeros where that is rounding."""
+    size = rows.members.sum(axis=1) - rows.members.sum(axis=1).mean()
+    centred = values - values.mean(axis=0)
+    left = centred - np.outer(size, size @ centred / max(float(size @ size), 1.0))
+    return np.where(np.abs(left).max(axis=0) > 1e-9 * np.abs(values).max(axis=0), left, 0.0)
 
 
 def _mean(per_prompt: Float[np.ndarray, " q"]) -> float:

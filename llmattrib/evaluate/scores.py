@@ -4,6 +4,7 @@ A score is a number a method gives to the pair; larger means that training on th
 prompt's answer. Baselines know neither gradients nor the model's training:
 
     random      standard normal
+    size        1: says only how large a subset is
     loss        minus the stored loss of the example, the same for all prompts
     tfidf       cosine of word tf-idf vectors of prompt and completion
     bm25        Okapi BM25 of the query's words in the example's text (Robertson and Zaragoza 2009; k1 1.5, b .75)
@@ -33,8 +34,8 @@ from llmattrib.sections import Method
 from llmattrib.store import RowStore
 from llmattrib.values.validation import Validation
 
-Baseline = Literal["random", "loss", "tfidf", "bm25", "embedding"]
-BASELINES: tuple[Baseline, ...] = ("random", "loss", "tfidf", "bm25", "embedding")
+Baseline = Literal["random", "size", "loss", "tfidf", "bm25", "embedding"]
+BASELINES: tuple[Baseline, ...] = ("random", "size", "loss", "tfidf", "bm25", "embedding")
 
 
 def method_scores(run: Run, method: Method, validation: Validation) -> Float[np.ndarray, "q n"]:
@@ -65,6 +66,8 @@ def baseline_scores(run: Run, baseline: Baseline) -> Float[np.ndarray, "q n"]:
         queries = encode_examples(config, run.extractor, queries).examples
     if baseline == "random":
         return stream(config.seed, "evaluate", "random").standard_normal((len(queries), len(examples)))
+    if baseline == "size":
+        return np.ones((len(queries), len(examples)))
     if baseline == "loss":
         losses = RowStore.open(config.layout.features).column("loss").astype(np.float64)
         return np.tile(-losses, (len(queries), 1))
