@@ -5,7 +5,7 @@ out the shards that are not there yet; ranks then work alone. Batches are formed
 depend neither on the number of ranks nor on where an earlier run was stopped. Data that has grown at its end extends
 the store (append.py), with the sketch that was planned on the first examples. Under a launcher a rank that fails ends
 the job; committed shards are kept, and a rerun computes the others. A signal to stop (signals.py) to any rank lets
-every rank finish the shard it is at.
+every rank finish the shard it is at. Several jobs may build one store, each a part of its shards (lock.py).
 
 Ranks that share the model's weights (ZeRO-3) go in rounds of one shard each: who has fewer batches, or no shard left,
 runs padding batches whose features are thrown away.
@@ -25,6 +25,7 @@ from llmattrib.data import load_examples, save_examples
 from llmattrib.distributed import Ranks
 from llmattrib.encoding import Encoded, EncodedSet, length_batches
 from llmattrib.errors import (
+    FingerprintMismatchError,
     LlmattribError,
     NonFiniteGradientError,
     StoppedError,
@@ -42,7 +43,8 @@ from llmattrib.extraction import (
 )
 from llmattrib.features.extract import COLUMNS, Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
-from llmattrib.lock import locked
+from llmattrib.lock import Part, locked
+from llmattrib.manifest import differing
 from llmattrib.progress import Progress, silent
 from llmattrib.signals import deferred
 from llmattrib.storage import atomic_write
@@ -80,7 +82,9 @@ class BuildResult:
     seconds: float
 
 
-def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Progress = silent) -> BuildResult:
+def build_features(
+    config: RunConfig, ranks: Ranks | None = None, progress: Progress = silent, part: Part | None = None
+) -> BuildResult:
     """Compute the features of all training examples into `config.layout.features`; go on where a run stopped.
 
     When the data has grown at its end since, full shards are kept and only what is new is computed.
@@ -89,6 +93,7 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
         config: the run.
         ranks: the processes of the job; called by all of them. One process by default.
         progress: told, on the first rank, of examples done; from its own share it infers the others'.
+        part: the share of this job when several build the store together; by default it does all.
 
     Returns:
         What was done.
@@ -97,7 +102,7 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
         DataError: the examples cannot be used.
         ModelError: base model or adapter is missing or does not fit.
         FingerprintMismatchError: a store of other settings is there, or an old example was changed or removed.
-        StoreLockedError: another build writes it now.
+        StoreLockedError: another build writes it now, or this part of it.
         DiskSpaceError: it would not fit on the disk.
         NonFiniteGradientError: an example's gradient is NaN or infinite.
         DeviceMemoryError: a batch does not fit on the device.
@@ -107,18 +112,18 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
     ranks = ranks or Ranks()
     path = config.layout.features
     with ranks.lockstep(), ExitStack() as held:
-        ranks.together(lambda: held.enter_context(locked(path)) if ranks.is_main else None)
+        ranks.together(lambda: held.enter_context(locked(path)) if ranks.is_main and part is None else None)
         examples = ranks.together(lambda: load_examples(config.data))  # first: quick, and most mistakes are here
         extractor = ranks.in_passes(lambda: load_extractor(config, ranks.sharding))
         encoded = ranks.together(lambda: encode_examples(config, extractor, examples))
         plan = _plan(config, extractor, encoded.encoded, ranks)
         with deferred() as is_asked:  # on every rank before the first shard of any
-            todo, num_appended = ranks.on_main(lambda: _prepare(config, extractor, encoded, plan))
+            todo, num_appended = ranks.on_main(lambda: _join(config, extractor, encoded, plan, part, held))
             store = RowStore.open(path, read_only=False)
             done = _write(config, extractor, encoded, store, ranks, todo, progress, lambda: ranks.is_any(is_asked()))
             told = ranks.gather([done, is_asked()])
-        all_done = [shard for part, _ in told for shard in part]
-        ranks.on_main(lambda: _require_all(store, all_done, any(asked for _, asked in told)))
+        all_done = [shard for mine, _ in told for shard in mine]
+        ranks.on_main(lambda: _require_all(store, todo, all_done, any(asked for _, asked in told)))
     return BuildResult(
         path=path,
         num_examples=len(encoded.encoded),
@@ -132,14 +137,36 @@ def build_features(config: RunConfig, ranks: Ranks | None = None, progress: Prog
     )
 
 
-def _prepare(config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan: SketchPlan) -> tuple[list[int], int]:
-    """Create, check or extend the store and save what belongs to it. First rank only.
+def _join(
+    config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan: SketchPlan, part: Part | None, held: ExitStack
+) -> tuple[list[int], int]:
+    """Prepare the store, but for a part beside others, which write by the plan that is there; hold the part's lock.
+
+    First rank only.
 
     Returns:
         The shards to compute, and how many rows were added to a store that was there.
     """
     path, num_appended = config.layout.features, 0
     manifest = _manifest(config, extractor, encoded, plan)
+    if part is None:
+        return _prepare(config, encoded, manifest)
+    with part.joining(path) as has_others:
+        if has_others:
+            stored = RowStore.open(path, read_only=False)
+            keys = differing(stored.manifest.compared(), manifest.compared())
+            if keys:
+                raise FingerprintMismatchError(path, keys)
+            pending = stored.pending()
+        else:
+            pending, num_appended = _prepare(config, encoded, manifest)
+        held.enter_context(locked(part.place(path)))
+    return [shard for shard in pending if part.has(shard)], num_appended
+
+
+def _prepare(config: RunConfig, encoded: EncodedSet, manifest: Manifest) -> tuple[list[int], int]:
+    """Create, check or extend the store and save what belongs to it; return what `_join` does, of all shards."""
+    path, num_appended = config.layout.features, 0
     try:
         stored = RowStore.open(path, read_only=False)
     except StoreNotFoundError:
@@ -268,14 +295,16 @@ def _in_step(
     ranks.together(tell)
 
 
-def _require_all(store: RowStore, done: Sequence[int], is_stopped: bool) -> None:
-    """Raise unless every shard is there. First rank only."""
-    pending = len(store.pending())
-    if pending and is_stopped:
+def _require_all(store: RowStore, todo: Sequence[int], done: Sequence[int], is_stopped: bool) -> None:
+    """Raise unless every shard that was to be computed is there. First rank only."""
+    pending = store.pending()
+    missing = len({*todo} & {*pending})
+    if missing and is_stopped:
         after = f"after shard {max(done)}" if done else "before the first shard"
         raise StoppedError(
             f"asked to stop, the build of {store.path} has stopped {after}: "
-            f"{store.num_shards - pending} of {store.num_shards} shards are finished",
+            f"{store.num_shards - len(pending)} of {store.num_shards} shards are finished",
             fix="run the same command again: it goes on from there",
         )
-    store.require_complete(MADE_BY)
+    if missing:
+        store.require_complete(MADE_BY)

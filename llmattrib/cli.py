@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmattrib import __version__, cli_evaluate, cli_jobs
-from llmattrib.cli_options import Config, Debug, Overrides, Quiet
+from llmattrib.cli_options import Config, Debug, Overrides, Part, Quiet
 
 if TYPE_CHECKING:
     from llmattrib.config import RunConfig
@@ -107,7 +107,9 @@ def _train(run: "RunConfig", quiet: bool) -> None:
 
 
 @app.command(rich_help_panel="Stages")
-def build(config: Config, overrides: Overrides = None, quiet: Quiet = False, debug: Debug = False) -> None:
+def build(
+    config: Config, overrides: Overrides = None, part: Part = None, quiet: Quiet = False, debug: Debug = False
+) -> None:
     """Compute the gradient features of every training example. Goes on where a stopped build ended.
 
     Examples added at the end of the data since are appended; those that are there are not computed again.
@@ -115,27 +117,29 @@ def build(config: Config, overrides: Overrides = None, quiet: Quiet = False, deb
     from llmattrib import console
 
     with console.reporting(debug):
-        if _build(_load(config, overrides), quiet):
+        if _build(_load(config, overrides), quiet, part):
             _say(quiet, _next("reduce", config, overrides))
 
 
-def _build(run: "RunConfig", quiet: bool) -> bool:
-    from llmattrib import console
+def _build(run: "RunConfig", quiet: bool, part: str | None = None) -> bool:
+    """Build on all ranks and say what was done; return whether the next stage can follow, on the first."""
+    from llmattrib import console, lock
     from llmattrib.build import build_features
     from llmattrib.distributed import ranks
 
-    team = ranks()
+    mine, team = None if part is None else lock.Part.parse(part), ranks()
     with console.bar("build, examples", show=team.is_main and not quiet) as progress:
-        result = build_features(run, team, progress)
+        result = build_features(run, team, progress, mine)
     if team.is_main:
         _say(
             quiet,
             f"{_verb(result.num_shards_done == 0)} {result.path}: {result.num_examples:,} examples"
             f"{f' ({result.num_appended:,} of them new)' if result.num_appended else ''}"
             f"{_dropped(result.num_truncated, result.num_skipped)}, {result.num_tokens:,} tokens, "
-            f"{result.num_shards_done} of {result.num_shards} shards computed now, {result.seconds:.1f} s",
+            f"{result.num_shards_done} of {result.num_shards} shards computed now"
+            f"{f' ({mine})' if mine else ''}, {result.seconds:.1f} s",
         )
-    return team.is_main
+    return team.is_main and mine is None
 
 
 @app.command(rich_help_panel="Stages")

@@ -11,5 +11,9 @@ Overrides = Annotated[
         metavar="[SECTION.KEY=VALUE]...", help="Settings that replace those of the file.", show_default=False
     ),
 ]
+Part = Annotated[
+    str | None,
+    typer.Option(metavar="K/N", help="One of N jobs that build together: every N-th shard.", show_default=False),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

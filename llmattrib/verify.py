@@ -36,7 +36,7 @@ from llmattrib.data import data_fingerprint, read_examples
 from llmattrib.errors import DataError, StoreAccessError, StoreError, StoreNotFoundError
 from llmattrib.extraction import settings_fingerprint
 from llmattrib.index import verify_index
-from llmattrib.lock import holder, lock_path, locked
+from llmattrib.lock import holder, lock_path, locked, parts
 from llmattrib.manifest import differing
 from llmattrib.store import RowStore
 from llmattrib.table import TableStore
@@ -126,10 +126,11 @@ class _Checks:
         return path.removeprefix(self.layout.run_dir + "/")
 
     def locks(self) -> list[str]:
-        """Return what is locked in a run: always the features, and of the others those that are there."""
+        """Return what is locked in a run: the features, their parts, and of the others those that are there."""
         others = ("representers", "index", "values", "retraining")
         names = [name for name in others if any(map(storage.exists, map(self.layout.path, (name, f"{name}.lock"))))]
-        return [self.short(self.layout.features), *names]
+        features = self.layout.features
+        return [*map(self.short, (features, *(part.place(features) for part in parts(features)))), *names]
 
     def run(self) -> Iterator[Finding]:
         """All checks; temporary files are those of a live writer while there is one."""
