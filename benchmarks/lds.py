@@ -1,15 +1,17 @@
 """Linear datamodelling score of every method against models retrained on random halves of the data.
 
-    python -m benchmarks.lds [--tasks sms facts] [--points init trained] [--docs]
+    python -m benchmarks.lds [--tasks sms facts] [--points init early trained]
 
 Two tasks on a 1M-parameter Llama (benchmarks/truth/): SMS spam through two label tokens, where answers share no word
 with the messages, and factbook questions. Truth: benchmarks/truth/<task>_margins.npz, sub-models on random halves,
 mean over training seeds. Scores: exact gradients (no sketch), each method at its own defaults.
 
-Methods are named `method` (features at initialisation, one of them: the default), `method, k inits`, and
-`method, k trained` (features at k adapters trained with different seeds). Baselines are those of `llmattrib evaluate`.
+Methods are named `method` (features at initialisation, one of them: the default), `method, k inits`, `method, early`
+(features at an adapter after a fine-tune of 2 epochs) and `method, k trained` (features at k adapters trained with
+different seeds). Baselines are those of `llmattrib evaluate`.
 `ceiling` is the score of the truth itself: one seed's margins against the mean of the others, sub-model by sub-model.
-Intervals are 95 %, over prompts and subsets. Adds to benchmarks/results/lds.json, task by task and name by name.
+Intervals are 95 %, over prompts and subsets. Adds to benchmarks/results/lds.json, task by task and name
+by name, and renders docs/choosing.md.
 """
 
 import argparse
@@ -32,14 +34,18 @@ from llmattrib.values.validation import load_validation
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "lds.json"
+PAGE = HERE.parent / "docs" / "choosing.md"
+BEGIN, END = "<!-- lds:begin -->\n", "<!-- lds:end -->\n"
 DEFAULT = "shapley"
 METHODS = ("shapley", "banzhaf", "leave_one_out", "influence", "trak", "grad_dot", "grad_cos")
-POINTS = {"init": (1, 3, 5, 10), "trained": (1, 3, 5)}
+POINTS = {"init": (1, 5), "early": (1,), "trained": (1, 5)}
+EARLY_EPOCHS = 2
 
 
 def figures(found: Lds) -> dict[str, Any]:
     """Return what is recorded of a score."""
-    return {"lds": round(found.lds, 4), "ci95": [round(found.low, 4), round(found.high, 4)]}
+    interval = [round(found.low, 4), round(found.high, 4)]
+    return {"lds": round(found.lds, 4), "ci95": interval, "beyond_size": round(found.beyond_size, 4)}
 
 
 def variant(task: str, point: str, count: int) -> RunConfig:
@@ -47,16 +53,20 @@ def variant(task: str, point: str, count: int) -> RunConfig:
     base = load_config(HERE / "truth" / f"{task}.yaml")
     tree = base.model_dump(mode="json")
     tree["run_dir"] = f"runs/lds/{task}/{point}{count}"
-    tree["features"]["linearisation"], tree["features"]["num_inits"] = point, count if point == "init" else 1
+    tree["features"]["linearisation"] = "init" if point == "init" else "trained"
+    tree["features"]["num_inits"] = count if point == "init" else 1
     tree["reduce"]["methods"] = list(METHODS)
     if point == "trained":
         tree["model"]["adapters"] = [adapter(base, seed) for seed in range(count)]
+    elif point == "early":
+        few = base.train.model_copy(update={"epochs": EARLY_EPOCHS})
+        tree["model"]["adapters"] = [adapter(base.model_copy(update={"train": few}), 0, "early")]
     return RunConfig.model_validate(tree)
 
 
-def adapter(base: RunConfig, seed: int) -> str:
+def adapter(base: RunConfig, seed: int, name: str = "adapter") -> str:
     """Train the adapter of one seed on all examples."""
-    run_dir = base.run_dir.replace("truth_", "lds/") + f"/adapter{seed}"
+    run_dir = base.run_dir.replace("truth_", "lds/") + f"/{name}{seed}"
     return train_adapter(base.model_copy(update={"run_dir": run_dir, "seed": seed})).path
 
 
@@ -77,7 +87,7 @@ def name_of(method: str, point: str, count: int) -> str:
     """Return the name of a method at a linearisation point."""
     if method in BASELINES or (point, count) == ("init", 1):
         return method
-    return f"{method}, {count} {'inits' if point == 'init' else 'trained'}"
+    return f"{method}, early" if point == "early" else f"{method}, {count} {'inits' if point == 'init' else 'trained'}"
 
 
 def ceiling(margins: np.ndarray) -> dict[str, float]:
@@ -100,6 +110,43 @@ def merge(task: str, found: dict[str, Any], methods: dict[str, Any]) -> None:
     RESULT.write_text(json.dumps(tree, indent=1) + "\n")
 
 
+def cell_text(cell: dict[str, Any]) -> str:
+    """Render one score."""
+    return f"{cell['beyond_size']:.2f}; {cell['lds']:.2f} ({cell['ci95'][0]:.2f}-{cell['ci95'][1]:.2f})"
+
+
+def table(result: dict[str, Any]) -> str:
+    """Render the scores for docs/choosing.md: a row a method, a column a linearisation point."""
+    columns = {
+        "init": "",
+        "5 inits": ", 5 inits",
+        "early": ", early",
+        "1 adapter": ", 1 trained",
+        "5 adapters": ", 5 trained",
+    }
+    lines = []
+    for task, found in result["tasks"].items():
+        sub_models = f"{found['subsets']} sub-models x {found['seeds']} seeds, {found['queries']} prompts"
+        lines += [
+            f"**{task}** ({sub_models})",
+            "",
+            "| | " + " | ".join(columns) + " |",
+            "|---" * (len(columns) + 1) + "|",
+        ]
+        for method in (*METHODS, *BASELINES):
+            cells = [found["methods"].get(method + suffix) for suffix in columns.values()]
+            texts = [cell_text(cell) if cell else "" for cell in cells]
+            lines.append(f"| {method} | " + " | ".join(texts) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write_docs() -> None:
+    """Write the table into its page."""
+    text, rendered = PAGE.read_text(encoding="utf-8"), table(json.loads(RESULT.read_text()))
+    PAGE.write_text(text.partition(BEGIN)[0] + BEGIN + rendered + END + text.partition(END)[2], encoding="utf-8")
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,6 +164,7 @@ def main() -> None:
                     methods[name] = figures(lds(scores, rows))
                     print(task, name, methods[name], flush=True)
                 merge(task, found, methods)
+    write_docs()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ poisons among its ten largest values.
 `kernel` plays the kernel game of features at initialisation: AME (LASSO, subsets of the attribution design), random
 permutations at the same number of utilities (m utilities are m / 400 permutations), and what needs neither: the mean
 field and tf-idf. `retraining` fine-tunes a sub-model for each subset (`llmattrib retrain`, resumes) and reports AME's
-recall after the first 32, 64, ... of them. Writes benchmarks/results/poison.json.
+recall after the first 32, 64, ... of them. Writes benchmarks/results/poison.json and
+docs/choosing.md.
 """
 
 import argparse
@@ -31,6 +32,8 @@ from llmattrib.rng import stream
 from llmattrib.values.stage import compute_values
 
 RESULT = Path(__file__).parent / "results" / "poison.json"
+PAGE = Path(__file__).parents[1] / "docs" / "choosing.md"
+BEGIN, END = "<!-- poison:begin -->\n", "<!-- poison:end -->\n"
 FOLDER = Path("runs/poison")
 NUM_EXAMPLES, NUM_POISONS, NUM_QUERIES = 400, 10, 20
 TRIGGER = " james bond"
@@ -106,7 +109,7 @@ def kernel_game(num_seeds: int) -> dict[str, Any]:
             print(seed, name, found[name][-1], flush=True)
         run = Run(config)
         is_poison = np.array([example.id.startswith("poison") for example in run.examples])
-        for baseline in BASELINES:
+        for baseline in (name for name in BASELINES if name != "size"):
             found.setdefault(baseline, []).append(recall(baseline_scores(run, baseline).mean(axis=0), is_poison))
     return found
 
@@ -121,6 +124,22 @@ def retraining_game(num_sub_models: int) -> dict[str, float]:
         found[str(count)] = recall_of(config_of(values=values, retraining=config.retraining.model_dump()))
         print("sub-models", count, "recall", found[str(count)], flush=True)
     return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """Render the recalls for docs/choosing.md."""
+    lines = ["| kernel game | recall |", "|---|---|"]
+    lines += [f"| {name} | {np.mean(found):.2f} |" for name, found in result["kernel"].items()]
+    if "retraining" in result:
+        lines += ["", "| retraining game, sub-models | recall of AME |", "|---|---|"]
+        lines += [f"| {count} | {found:.2f} |" for count, found in result["retraining"]["ame_lasso"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def write_docs() -> None:
+    """Write the table into its page."""
+    text, rendered = PAGE.read_text(encoding="utf-8"), table(json.loads(RESULT.read_text()))
+    PAGE.write_text(text.partition(BEGIN)[0] + BEGIN + rendered + END + text.partition(END)[2], encoding="utf-8")
 
 
 def main() -> None:
@@ -139,6 +158,7 @@ def main() -> None:
     if "retraining" in options.games:
         tree["retraining"] = {"ame_lasso": retraining_game(options.sub_models)}
         RESULT.write_text(json.dumps(tree, indent=1) + "\n")
+    write_docs()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 
-from benchmarks import kernel_game, label_words, reduce
+from benchmarks import kernel_game, label_words, lds, poison, reduce
 from benchmarks.demo import BEGIN, END, README, RESULT, pool, table
+from benchmarks.truth.margins import load as margins_of
 
 
 def test_the_readme_table_is_rendered_from_the_result() -> None:
@@ -28,6 +29,21 @@ def test_the_scaling_of_the_kernel_game_is_rendered_from_the_result() -> None:
     text = kernel_game.PAGE.read_text(encoding="utf-8")
     scaling = json.loads(kernel_game.RESULT.read_text())["mean_field_scaling"]
     assert text.partition(kernel_game.BEGIN)[2].partition(kernel_game.END)[0] == kernel_game.scaling_table(scaling)
+
+
+def test_the_tables_of_choosing_are_rendered_from_the_results() -> None:
+    for benchmark in (lds, poison):
+        text = benchmark.PAGE.read_text(encoding="utf-8")
+        found = text.partition(benchmark.BEGIN)[2].partition(benchmark.END)[0]
+        assert found == benchmark.table(json.loads(benchmark.RESULT.read_text()))
+
+
+def test_the_truth_is_what_the_scores_were_measured_on() -> None:
+    for task, found in json.loads(lds.RESULT.read_text())["tasks"].items():
+        rows, margins = margins_of(task)
+        assert (len(margins), len(rows.p), margins.shape[2]) == (found["seeds"], found["subsets"], found["queries"])
+        assert (rows.utilities == margins.mean(axis=0)).all()
+        assert found["methods"][lds.DEFAULT]["ci95"][0] > found["methods"]["bm25"]["ci95"][1]
 
 
 def test_recorded_figures_of_the_kernel_game_reach_what_is_promised() -> None:
