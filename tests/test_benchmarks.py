@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from benchmarks import kernel_game, label_words, lds, poison, reduce
+from benchmarks import kernel_game, label_words, lds, poison, reduce, scaling
 from benchmarks.demo import BEGIN, END, README, RESULT, pool, table
 from benchmarks.truth.margins import load as margins_of
 
@@ -68,6 +68,14 @@ def test_the_table_of_reduce_is_rendered_from_the_result_and_memory_is_small() -
     assert [run["processes"] for run in large] == [1, 2]
     assert all(rank["peak_bytes"] <= 2.5e9 for run in large for rank in run["ranks"])
     assert large[1]["relative_difference"] <= 1e-6
+
+
+def test_the_table_of_build_is_rendered_from_the_result_and_two_processes_share_its_work() -> None:
+    text = scaling.PAGE.read_text(encoding="utf-8")
+    result = json.loads(scaling.RESULT.read_text())
+    assert text.partition(scaling.BEGIN)[2].partition(scaling.END)[0] == scaling.table(result)
+    clock = "wall" if result["load_before"] < 0.5 else "cpu"  # wall times of a busy machine are not its own
+    assert all(result["speedup"][f"{part}_{clock}"] >= 1.8 for part in scaling.PARTS)
 
 
 def test_pooling_weighs_prompts_equally() -> None:
