@@ -17,6 +17,9 @@ def submit(
     config: Config,
     overrides: Overrides = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of build.", show_default=False)] = None,
+    array: Annotated[
+        int | None, typer.Option(min=1, help="Jobs that share build, each on --nodes nodes.", show_default=False)
+    ] = None,
     gpus_per_node: Annotated[
         int | None, typer.Option(min=0, help="Processes a node of build; 0 for CPU nodes.", show_default=False)
     ] = None,
@@ -40,6 +43,7 @@ def submit(
         loaded = load_config(config, overrides or ())
         given = {
             "nodes": nodes,
+            "array": array,
             "gpus_per_node": gpus_per_node,
             "cpus_per_task": cpus_per_task,
             "partition": partition,

@@ -1,6 +1,7 @@
 """Names of methods: what may be written, its one canonical spelling, and the file name that goes with it.
 
-    shapley, influence, trak, grad_dot, grad_cos, banzhaf, leave_one_out
+    shapley, banzhaf, leave_one_out, influence, influence_cg, influence_lissa, trak, datainf, grad_dot, grad_cos
+    spectral(T,rate)        T steps of gradient descent, T whole; the rate is relative, see scorers/spectral.py
     beta_shapley(a,b)       a, b >= 1; a > b favours small subsets
     weighted_banzhaf(q)     every other example is there with probability q
     ame, ame(q,q,...)       the mean over these q; plain `ame` is ame(.2,.4,.6,.8)
@@ -11,7 +12,8 @@ have equal names, and equal files. The module knows nothing of what a method com
 
 from dataclasses import dataclass
 
-GRADIENT_METHODS = ("influence", "trak", "grad_dot", "grad_cos")
+GRADIENT_METHODS = ("influence", "influence_cg", "influence_lissa", "trak", "datainf", "grad_dot", "grad_cos")
+GRADIENT_FORMS = (*GRADIENT_METHODS, "spectral(T,rate)")
 SEMIVALUE_FORMS = (
     "shapley",
     "banzhaf",
@@ -23,7 +25,14 @@ SEMIVALUE_FORMS = (
 )
 AME_POINTS = (0.2, 0.4, 0.6, 0.8)
 MAX_LENGTH = 128
-_NUM_ARGUMENTS = {"beta_shapley": 2, "weighted_banzhaf": 1, "banzhaf": 0, "leave_one_out": 0, "shapley": 0}
+_NUM_ARGUMENTS = {
+    "beta_shapley": 2,
+    "spectral": 2,
+    "weighted_banzhaf": 1,
+    "banzhaf": 0,
+    "leave_one_out": 0,
+    "shapley": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,10 @@ class MethodName:
         if self.kind == "beta_shapley":
             if not all(1 <= number < float("inf") for number in self.arguments):
                 raise ValueError(f"{text!r} has a parameter below 1 or infinite; its density could not be integrated")
+        elif self.kind == "spectral":
+            steps, rate = self.arguments
+            if not (1 <= steps < float("inf") and steps == int(steps) and 0 < rate < float("inf")):
+                raise ValueError(f"{text!r} needs a whole number of steps, 1 or more, and a positive rate")
         elif not all(0 <= number <= 1 for number in self.arguments):
             raise ValueError(f"{text!r} has a probability outside [0, 1]")
         elif len(set(self.arguments)) < len(self.arguments):
@@ -83,7 +96,7 @@ class MethodName:
     @property
     def is_semivalue(self) -> bool:
         """Whether it is a semivalue of the kernel game."""
-        return self.kind not in GRADIENT_METHODS
+        return self.kind not in (*GRADIENT_METHODS, "spectral")
 
     @property
     def file_name(self) -> str:
@@ -101,6 +114,6 @@ def canonical(text: str) -> str:
 
 
 def _unknown(text: str) -> str:
-    known = ", ".join((*SEMIVALUE_FORMS, *GRADIENT_METHODS))
+    known = ", ".join((*SEMIVALUE_FORMS, *GRADIENT_FORMS))
     hint = "; in a [...] list quote a name with commas" if text.count("(") != text.count(")") else ""
     return f"{text!r} is no method; known are {known}{hint}"

@@ -4,7 +4,7 @@ Memory: statistics and row spaces are kept for later methods; `features` and `ga
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from scipy.special import expit
 
 from llmattrib.distributed import Ranks
 from llmattrib.games.kernel import LOO_GRID, FeatureRows, KernelGame
+from llmattrib.scorers.datainf import ColumnBlock
 from llmattrib.scorers.gradient import absolute_ridge, unit_rows
 from llmattrib.settings import Response, Settings
 from llmattrib.store import RowStore
@@ -57,10 +58,12 @@ class FeatureReader:
         """Return what is subtracted: the mean, or zeros."""
         return self.mean if settings.center else np.zeros((self.manifest.num_outputs, self.manifest.dim), np.float32)
 
-    def blocks(self, settings: Settings) -> Iterator[tuple[int, Float[np.ndarray, "m c p"]]]:
-        """Yield (first row, rows) of this rank's shards."""
+    def blocks(
+        self, settings: Settings, shards: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Float[np.ndarray, "m c p"]]]:
+        """Yield (first row, rows) of some shards, by default of this rank's."""
         center = self.center(settings)
-        for start, rows in self.store.blocks(self.shards):
+        for start, rows in self.store.blocks(self.shards if shards is None else shards):
             rows = rows - center if settings.center else rows
             yield start, unit_rows(rows) if settings.normalize else rows
 
@@ -69,12 +72,21 @@ class FeatureReader:
         key = settings.center, settings.normalize, output
         if key not in self._features:
 
-            def blocks() -> Iterator[tuple[int, Float[np.ndarray, "m p"]]]:
-                return ((start, rows[:, output]) for start, rows in self.blocks(settings))
+            def blocks(shards: Sequence[int]) -> Iterator[tuple[int, Float[np.ndarray, "m p"]]]:
+                return ((start, rows[:, output]) for start, rows in self.blocks(settings, shards))
 
             n, p = self.manifest.num_rows, self.manifest.dim
-            self._features[key] = FeatureRows(blocks, n, p, total=self.ranks.total)
+            mine, everything = partial(blocks, self.shards), partial(blocks, range(self.store.num_shards))
+            self._features[key] = FeatureRows(mine, n, p, total=self.ranks.total, everything=everything)
         return self._features[key]
+
+    def column_blocks(self) -> list[ColumnBlock]:
+        """Return which columns are of which block of parameters; one block where a dense sketch mixes them all."""
+        plan = self.manifest.info["sketch_plan"]
+        sizes = [int(block["size"]) for block in plan["blocks"]]
+        if plan["kind"] == "rademacher":
+            return [ColumnBlock(self.manifest.dim, sum(sizes))]
+        return [ColumnBlock(int(width), size) for width, size in zip(plan["widths"], sizes, strict=True)]
 
     @cached_property
     def log_odds(self) -> Float[np.ndarray, " n"]:

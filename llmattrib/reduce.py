@@ -34,7 +34,10 @@ from llmattrib.lock import locked
 from llmattrib.methods import MethodName
 from llmattrib.progress import Progress, silent
 from llmattrib.reader import FeatureReader, Representers, choose_ridge
+from llmattrib.scorers.datainf import DataInf
 from llmattrib.scorers.gradient import GradCos, GradDot, Influence, Scorer, Trak
+from llmattrib.scorers.iterative import TOLERANCE, InfluenceCg, InfluenceLissa, LissaState
+from llmattrib.scorers.spectral import Spectral
 from llmattrib.sections import Method
 from llmattrib.semivalues import play
 from llmattrib.settings import Settings, resolve
@@ -218,23 +221,38 @@ def _stream(job: _Job, reader: FeatureReader, started: float, progress: Progress
     ridge, curve, notes = choose_ridge(settings, reader)
     if settings.method == "trak" and reader.output == "loss":
         notes.append("on features of loss, trak equals influence: the gradient already carries the factor 1 - p")
-    representers = _score(_scorer(settings, ridge, reader), settings, reader, progress)
+    scorer = _scorer(settings, ridge, reader)
+    state = scorer.init(reader.features(settings))
+    if isinstance(state, LissaState) and state.residual > TOLERANCE:
+        notes.append(f"LiSSA stops after {state.iterations} iterations with residuals of up to {state.residual:.2g}")
+    representers = _score(scorer, state, settings, reader, progress)
     return _write(job, reader, {"ridge": ridge, "loo_curve": curve, "notes": notes}, representers, started)
 
 
 def _scorer(settings: Settings, ridge: float | None, reader: FeatureReader) -> Scorer[Any]:
-    if settings.method == "grad_dot":
+    name = MethodName.parse(settings.method)
+    if name.kind == "grad_dot":
         return GradDot()
-    if settings.method == "grad_cos":
+    if name.kind == "grad_cos":
         return GradCos()
+    if name.kind == "spectral":
+        return Spectral(int(name.arguments[0]), name.arguments[1])
     assert ridge is not None
-    if settings.method == "influence":
+    if name.kind == "influence":
         return Influence(ridge)
-    return Trak(ridge, weighted=reader.output != "loss")
+    if name.kind == "datainf":
+        return DataInf(ridge, reader.column_blocks())
+    if name.kind == "trak":
+        return Trak(ridge, weighted=reader.output != "loss")
+    assert settings.iterations is not None
+    if name.kind == "influence_cg":
+        return InfluenceCg(ridge, settings.iterations)
+    return InfluenceLissa(ridge, settings.iterations)
 
 
-def _score(scorer: Scorer[Any], settings: Settings, reader: FeatureReader, progress: Progress) -> Representers:
-    state = scorer.init(reader.features(settings))
+def _score(
+    scorer: Scorer[Any], state: Any, settings: Settings, reader: FeatureReader, progress: Progress
+) -> Representers:
     num_mine = len(reader.shards)
 
     def representers() -> Iterator[tuple[int, Float[np.ndarray, "m c p"]]]:

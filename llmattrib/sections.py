@@ -175,6 +175,7 @@ class ReduceConfig(Section):
     `form` is how semivalues are taken from the mean field: `pairs` is the most exact, `total_gradient` 2-5
     times quicker, `cavity` needs no n x n system but misses the sum rule; `auto` is pairs up to 2,048 examples.
     `certificate_draws` random subsets (8 or more; 0 for none) measure the bias of the mean field.
+    `iterations` is the most that influence_cg and influence_lissa take, each a pass over the features.
     """
 
     methods: tuple[Method, ...] = METHODS
@@ -185,6 +186,7 @@ class ReduceConfig(Section):
     form: Literal["auto", "pairs", "total_gradient", "cavity"] = "auto"
     sum_rule_tolerance: float = Field(1e-3, gt=0)
     certificate_draws: int = Field(32, ge=0)
+    iterations: PositiveInt = 200
     dtype: Literal["float16", "float32"] = "float32"
 
     @model_validator(mode="before")
@@ -301,11 +303,13 @@ class SlurmConfig(Section):
     """How `llmattrib submit` asks Slurm for the jobs of a run; its options replace these.
 
     `gpus_per_node` is one process each; 0 is for nodes without GPUs, one process a node with `cpus_per_task` threads.
+    With `array` above 1, build is so many jobs of `nodes` nodes each, which share the shards and start when they can.
     `time`, as sbatch takes it, has quotes in YAML ("4:00:00" would be a number without). `sbatch` are more options of
     sbatch for every job; `setup` are shell commands that each job begins with, to load modules or an environment.
     """
 
     nodes: PositiveInt = 1
+    array: PositiveInt = 1
     gpus_per_node: int = Field(1, ge=0)
     cpus_per_task: PositiveInt | None = None
     partition: str | None = None

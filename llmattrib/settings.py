@@ -30,6 +30,7 @@ class Settings:
     form: Form | None
     sum_rule_tolerance: float | None
     certificate_draws: int | None
+    iterations: int | None
 
     @classmethod
     def stored(cls, info: Mapping[str, Any]) -> "Settings":
@@ -50,7 +51,7 @@ def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool,
     Raises:
         MethodError: the method or its response cannot use these features.
     """
-    is_semivalue = MethodName.parse(method).is_semivalue
+    kind, is_semivalue = MethodName.parse(method).kind, MethodName.parse(method).is_semivalue
     if output == "logits" and not is_semivalue:
         raise MethodError(
             f"{method} needs one gradient per example, and features of output logits have one per class",
@@ -58,8 +59,14 @@ def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool,
             fix="set reduce.methods=[shapley] or other semivalues, or build features of output margin",
         )
     ridge: float | Literal["loo"] | None = None
-    if method not in ("grad_dot", "grad_cos"):
+    if kind not in ("grad_dot", "grad_cos", "spectral"):
         ridge = ("loo" if is_semivalue and has_labels else 0.1) if config.ridge == "auto" else config.ridge
+    if method == "datainf" and ridge == "loo":
+        raise MethodError(
+            "leave-one-out chooses the ridge of a Gram matrix, and datainf has a damping for each block",
+            expected="reduce.ridge=auto, which is the 0.1 of its paper, or a number",
+            fix="reduce datainf by itself, or set reduce.ridge",
+        )
     response: Response | None = None
     if is_semivalue or ridge == "loo":
         own_labels = has_labels and output != "pntk"  # the gradient of a sum over classes knows no label
@@ -76,6 +83,7 @@ def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool,
         form=form if is_semivalue else None,
         sum_rule_tolerance=config.sum_rule_tolerance if is_semivalue else None,
         certificate_draws=config.certificate_draws if is_semivalue else None,
+        iterations=config.iterations if kind in ("influence_cg", "influence_lissa") else None,
     )
 
 

@@ -5,6 +5,7 @@
 Speaks to Slurm through its commands (22.05 or later). Knows nothing of what a job computes.
 """
 
+import collections
 import dataclasses
 import datetime
 import json
@@ -14,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from llmattrib import storage
 from llmattrib.commits import committed, record_path
@@ -53,8 +55,8 @@ class Job:
 
     Attributes:
         stage: train, build, reduce or index.
-        id: Slurm's number.
-        log: its log file.
+        id: Slurm's number, of an array that of the whole.
+        log: its log file; of an array with `*` for the number of the task.
         submitted: time of submission, ISO 8601, UTC.
     """
 
@@ -72,7 +74,7 @@ class Submission:
         stage: what the job does.
         command: sbatch with its arguments, but for the dependency.
         environment: variables that the script reads.
-        log: log file, `%j` for the number of the job.
+        log: log file as sbatch takes it, with `%j` for the number of the job, or `%A` and `%a` for array and task.
     """
 
     stage: str
@@ -141,8 +143,10 @@ def plan_jobs(config: RunConfig, target: str, overrides: Sequence[str] = ()) -> 
     submissions = []
     for stage in STAGES[bool(config.model.adapters) :]:
         nodes, gpus = sizes.get(stage, (1, 0))
-        log = str(logs / f"{stage}-%j.log")
+        is_array = stage == "build" and slurm.array > 1
+        log = str(logs / f"{stage}-{'%A_%a' if is_array else '%j'}.log")
         command = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes", f"--nodes={nodes}", f"--output={log}"]
+        command += [f"--array=1-{slurm.array}"] * is_array
         command += [f"--gpus-per-node={gpus}"] * (gpus > 0) + _options(slurm)
         command += [str(ROOT / "slurm" / f"{stage}.sbatch"), target, *overrides]
         extra = on_cpu if stage == "build" and not gpus else {}
@@ -177,7 +181,8 @@ def submit(config: RunConfig, submissions: Sequence[Submission]) -> list[Job]:
         SlurmError: sbatch is missing or refuses a job, or jobs of this run are in the queue.
     """
     folder = _folder(config.layout)
-    active = [job for job, (state, _) in zip(*_with_states(recorded(config.layout)), strict=True) if state not in ENDED]
+    known = recorded(config.layout)
+    active = [job for job, state in zip(known, _states(known), strict=True) if state.is_active]
     if active:
         ids = " ".join(job.id for job in active)
         raise SlurmError(
@@ -196,7 +201,8 @@ def submit(config: RunConfig, submissions: Sequence[Submission]) -> list[Job]:
             raise
         number = printed.strip().partition(";")[0]
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        jobs.append(Job(item.stage, number, item.log.replace("%j", number), now))
+        log = item.log.replace("%j", number).replace("%A", number).replace("%a", "*")
+        jobs.append(Job(item.stage, number, log, now))
         record = json.dumps({"jobs": [dataclasses.asdict(job) for job in jobs]}, indent=1)
         storage.atomic_write(str(folder / "jobs.json"), record.encode() + b"\n")
     return jobs
@@ -231,20 +237,48 @@ def recorded(layout: RunLayout) -> list[Job]:
     return [Job(**job) for job in json.loads(record)["jobs"]]
 
 
-def _with_states(jobs: list[Job]) -> tuple[list[Job], list[tuple[str, str]]]:
-    """Return jobs with state and reason of each, as squeue knows them."""
+class _State(NamedTuple):
+    """What squeue knows of a job.
+
+    Attributes:
+        name: its state; of an array that of a task which failed, else of one that runs, else of one that waits.
+        reason: why it waits; of an array how many tasks are in which state.
+        is_active: whether it, or a task of it, has not ended.
+        task: of an array, the number of the task whose state this is.
+    """
+
+    name: str
+    reason: str
+    is_active: bool
+    task: str
+
+
+def _states(jobs: Sequence[Job]) -> list[_State]:
+    """Return the states of jobs."""
     if not jobs:
-        return [], []
+        return []
     try:
         ids = ",".join(job.id for job in jobs)
-        listing = _call(["squeue", "--noheader", "--states=all", f"--jobs={ids}", "--format=%A|%T|%r"])
+        listing = _call(["squeue", "--noheader", "--array", "--states=all", f"--jobs={ids}", "--format=%F|%K|%T|%r"])
     except SlurmError as error:
         if "Invalid job id" not in error.found:
             raise
         listing = ""
-    rows = (line.split("|", 2) for line in listing.splitlines())
-    known = {number: (state, "" if reason == "None" else reason) for number, state, reason in rows}
-    return jobs, [known.get(job.id, (GONE, "")) for job in jobs]
+    tasks: dict[str, list[tuple[str, str, str]]] = {}
+    for line in listing.splitlines():
+        number, task, name, reason = line.split("|", 3)
+        tasks.setdefault(number, []).append((name, task, "" if reason == "None" else reason))
+    return [_joined(tasks.get(job.id, [(GONE, "", "")])) for job in jobs]
+
+
+def _joined(tasks: Sequence[tuple[str, str, str]]) -> _State:
+    """Return the state of a job from (state, number, reason) of its tasks."""
+    counts = collections.Counter(name for name, _, _ in tasks)
+    order = (*sorted(FAILED), "RUNNING", *sorted({*counts} - ENDED), "COMPLETED", GONE)
+    name, task, reason = min(tasks, key=lambda item: order.index(item[0]))
+    if len(tasks) > 1:
+        reason = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    return _State(name, reason, not {*counts} <= ENDED, task)
 
 
 def wait(jobs: Sequence[Job], tell: Callable[[str], None], seconds: float = 10.0, patience: int = 30) -> None:
@@ -263,7 +297,7 @@ def wait(jobs: Sequence[Job], tell: Callable[[str], None], seconds: float = 10.0
     num_silent = 0
     while True:
         try:
-            states = {job.id: state for job, (state, _) in zip(*_with_states([*jobs]), strict=True)}
+            states = {job.id: state for job, state in zip(jobs, _states(jobs), strict=True)}
         except SlurmError:
             num_silent += 1
             if num_silent >= patience:
@@ -272,23 +306,24 @@ def wait(jobs: Sequence[Job], tell: Callable[[str], None], seconds: float = 10.0
             continue
         num_silent = 0
         for job in jobs:
-            if states[job.id] != before.get(job.id):
-                tell(f"{job.stage} {job.id}: {states[job.id]}")
+            if states[job.id].name != before.get(job.id):
+                tell(f"{job.stage} {job.id}: {states[job.id].name}")
         for job in jobs:
-            if states[job.id] in FAILED and before.get(job.id) == states[job.id]:  # twice: a requeued job is not lost
-                raise _failure(job, states[job.id])
-        if all(state in ENDED - FAILED for state in states.values()):
+            state = states[job.id]
+            if state.name in FAILED and before.get(job.id) == state.name:  # twice: a requeued job is not lost
+                raise _failure(job, state)
+        if all(state.name in ENDED - FAILED for state in states.values()):
             return
-        before = states
+        before = {number: state.name for number, state in states.items()}
         time.sleep(seconds)
 
 
-def _failure(job: Job, state: str) -> SlurmError:
-    log = Path(job.log)
+def _failure(job: Job, state: _State) -> SlurmError:
+    log = Path(job.log.replace("*", state.task))
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else "(there is no log)"
     tail = "\n".join(text.splitlines()[-LOG_LINES:])
     return SlurmError(
-        f"job {job.id} ({job.stage}) ended as {state}; the end of {log}:\n{tail}",
+        f"job {job.id} ({job.stage}) ended as {state.name}; the end of {log}:\n{tail}",
         expected="COMPLETED",
         fix="mend what the log names and submit again: what is finished is kept",
     )
@@ -303,12 +338,12 @@ def watch(layout: RunLayout) -> Progress:
     """
     jobs = recorded(layout)
     try:
-        states = _with_states(jobs)[1]
+        states = _states(jobs)
     except SlurmError as error:
-        states = [("UNKNOWN", error.found)] * len(jobs)
+        states = [_State("UNKNOWN", error.found, True, "")] * len(jobs)
     rows = tuple(
-        {"stage": job.stage, "id": job.id, "state": state, "reason": reason, "log": job.log}
-        for job, (state, reason) in zip(jobs, states, strict=True)
+        {"stage": job.stage, "id": job.id, "state": state.name, "reason": state.reason, "log": job.log}
+        for job, state in zip(jobs, states, strict=True)
     )
     try:
         store = RowStore.open(layout.features)

@@ -122,6 +122,32 @@ def trak(features: np.ndarray, lam: float, log_odds: np.ndarray) -> np.ndarray:
     return (1 - probability)[:, None] * influence(features, lam)
 
 
+def datainf(features: np.ndarray, ridge: float, blocks: list[tuple[int, int]]) -> np.ndarray:
+    """By loops over blocks of (width, size) and pairs of examples; lam = ridge * mean squared entry of a block."""
+    n, start, parts = len(features), 0, []
+    for width, size in blocks:
+        rows = features[:, start : start + width]
+        start += width
+        lam = ridge * np.mean(np.sum(rows**2, axis=1)) / size
+        found = np.zeros_like(rows)
+        for i, row in enumerate(rows):
+            for other in rows:
+                found[i] += (row - other * (other @ row) / (lam + other @ other)) / (n * lam)
+        parts.append(found)
+    return np.concatenate(parts, axis=1)
+
+
+def descend(features: np.ndarray, eta: float, steps: int) -> np.ndarray:
+    """Gradient descent on the squared error of a linear model, once for each target: dtheta_T / dy_i, [n, p]."""
+    found = []
+    for i in range(len(features)):
+        theta, target = np.zeros(features.shape[1]), np.eye(len(features))[i]
+        for _ in range(steps):
+            theta = theta - eta * features.T @ (features @ theta - target)
+        found.append(theta)
+    return np.array(found)
+
+
 def grad_cos_scores(features: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """[m, n] cosines by a loop."""
     return np.array([[q @ g / (np.linalg.norm(q) * np.linalg.norm(g)) for g in features] for q in queries])

@@ -15,13 +15,13 @@ import yaml
 from tiny import tiny_run
 from typer.testing import CliRunner
 
-from llmattrib import console
+from llmattrib import catalogue, console
 from llmattrib.cli import app
 from llmattrib.config import RunConfig, config_to_yaml
 from llmattrib.data import read_examples
 from llmattrib.errors import ConfigError
 from llmattrib.hits import Hit, Hits
-from llmattrib.methods import GRADIENT_METHODS, SEMIVALUE_FORMS
+from llmattrib.methods import GRADIENT_FORMS, SEMIVALUE_FORMS
 from llmattrib.sections import METHODS, ValuesConfig
 
 ROOT = Path(__file__).parent.parent
@@ -93,11 +93,11 @@ def test_version() -> None:
 
 
 def test_methods_lists_every_method() -> None:
-    assert set(console.METHOD_NOTES) | {"ame(q,...)"} == {*SEMIVALUE_FORMS, *GRADIENT_METHODS}
+    assert set(catalogue.METHOD_NOTES) | {"ame(q,...)"} == {*SEMIVALUE_FORMS, *GRADIENT_FORMS}
     out = llmattrib("methods").stdout
-    assert all(method in out for method in (*console.METHOD_NOTES, *console.VALUES_NOTES))
-    assert all(len(notes) == 4 for notes in (*console.METHOD_NOTES.values(), *console.VALUES_NOTES.values()))
-    for method in console.VALUES_NOTES:
+    assert all(method in out for method in (*catalogue.METHOD_NOTES, *catalogue.VALUES_NOTES))
+    assert all(len(notes) == 4 for notes in (*catalogue.METHOD_NOTES.values(), *catalogue.VALUES_NOTES.values()))
+    for method in catalogue.VALUES_NOTES:
         assert ValuesConfig(method=method).method == method
 
 

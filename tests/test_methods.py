@@ -23,13 +23,14 @@ from llmattrib.sections import QueryConfig, ReduceConfig
         ("ame", "ame", "ame"),
         ("ame(.8,.2,.6,.4)", "ame", "ame"),
         ("ame(.5, 0.25)", "ame(0.25,0.5)", "ame_0.25_0.5"),
+        ("spectral( 100.0, .50)", "spectral(100,0.5)", "spectral_100_0.5"),
     ],
 )
 def test_equal_methods_have_one_name_and_one_file(text, name, file):
     parsed = MethodName.parse(text)
     assert (str(parsed), parsed.file_name) == (name, file)
     assert MethodName.parse(name) == parsed
-    assert parsed.is_semivalue
+    assert parsed.is_semivalue == (parsed.kind != "spectral")
     assert ReduceConfig(methods=(text,)).methods == (name,)
     assert QueryConfig(method=text).method == name
     assert RunLayout("run").representers(text) == f"run/representers/{file}.zarr"
@@ -48,7 +49,7 @@ def test_gradient_methods_are_no_semivalues(method):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("shapely", r"'shapely' is no method; known are shapley, .* beta_shapley\(a,b\), .* grad_cos$"),
+        ("shapely", r"'shapely' is no method; known are shapley, .* beta_shapley\(a,b\), .* spectral\(T,rate\)$"),
         ("beta_shapley", "is no method"),
         ("beta_shapley(1)", "is no method"),
         ("beta_shapley(1,2,3)", "is no method"),
@@ -61,6 +62,11 @@ def test_gradient_methods_are_no_semivalues(method):
         ("beta_shapley(nan,1)", "a parameter below 1"),
         ("weighted_banzhaf(1.5)", r"a probability outside \[0, 1\]"),
         ("ame(-.1,.2)", r"a probability outside \[0, 1\]"),
+        ("spectral(10)", "is no method"),
+        ("spectral(1.5,.1)", "needs a whole number of steps, 1 or more, and a positive rate"),
+        ("spectral(0,.1)", "needs a whole number of steps"),
+        ("spectral(inf,.1)", "needs a whole number of steps"),
+        ("spectral(10,0)", "a positive rate"),
         ("ame(.2,.2)", "names a probability twice"),
         ("ame(" + ",".join(f"0.{k:04d}" for k in range(1, 40)) + ")", "longer than 128 characters"),
     ],

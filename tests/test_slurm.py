@@ -122,6 +122,18 @@ def test_train_is_for_runs_without_an_adapter_and_cpu_nodes_have_one_process_eac
     assert [job.stage for job in slurm.plan_jobs(own, "c.yaml")] == ["build", "reduce", "index"]
 
 
+def test_an_array_is_of_build_alone_and_each_task_has_its_log(path: str, tmp_path: Path) -> None:
+    result = llmattrib("submit", path, "--array", "4", "--nodes", "2", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("--array=1-4") == 1
+    config = run_of(tmp_path, slurm={"nodes": 2, "array": 4})
+    jobs = {job.stage: job for job in slurm.plan_jobs(config, "c.yaml")}
+    assert {"--array=1-4", "--nodes=2"} <= set(jobs["build"].command)
+    assert jobs["build"].log == f"{tmp_path}/run/slurm/build-%A_%a.log"
+    assert not any("--array" in word for stage, job in jobs.items() if stage != "build" for word in job.command)
+    assert "--array" not in llmattrib("submit", path, "slurm.array=1", "--dry-run").stdout
+
+
 def test_a_time_that_yaml_reads_as_a_number_is_refused(path: str) -> None:
     result = llmattrib("submit", path, "slurm.time=4:00:00", "--dry-run")
     assert result.exit_code == 2
@@ -153,7 +165,7 @@ def test_a_chain_is_submitted_whole_or_not_at_all(
     assert "sbatch says: sbatch: error: invalid partition" in " ".join(result.stderr.split())
     assert (bin_folder / "gone").read_text() == "101 102\n"
     (bin_folder / "log").unlink()
-    fake(bin_folder, monkeypatch, sbatch=sbatch + "echo $((100 + n))';cluster'", squeue="echo '101|CANCELLED|None'")
+    fake(bin_folder, monkeypatch, sbatch=sbatch + "echo $((100 + n))';cluster'", squeue="echo '101|N/A|CANCELLED|None'")
     result = llmattrib("submit", path)
     assert result.exit_code == 0, result.output
     recorded = json.loads((tmp_path / "run/slurm/jobs.json").read_text())["jobs"]
@@ -163,7 +175,7 @@ def test_a_chain_is_submitted_whole_or_not_at_all(
     assert recorded[1]["log"] == f"{tmp_path}/run/slurm/build-102.log"
     lines = (bin_folder / "log").read_text().splitlines()
     assert [re.findall(r"afterok:(\d+)", line) for line in lines] == [[], ["101"], ["102"], ["103"]]
-    fake(bin_folder, monkeypatch, squeue="echo '102|RUNNING|None'")
+    fake(bin_folder, monkeypatch, squeue="echo '102|N/A|RUNNING|None'")
     result = llmattrib("submit", path)
     assert result.exit_code == 2
     assert re.search(r"are in the queue: build 102 .*scancel 102", " ".join(result.stderr.split()))
@@ -180,7 +192,7 @@ def test_wait_follows_states_and_ends_with_the_log_of_a_failed_job(
     (tmp_path / "build.log").write_text("\n".join(f"line {number}" for number in range(100)))
     count = f"n=0; [ -f {bin_folder}/n ] && read -r n < {bin_folder}/n; echo $((n+1)) > {bin_folder}/n; "
     states = "build=(PENDING NODE_FAIL PENDING RUNNING {end}); b=${{build[$((n > 4 ? 4 : n))]}}; "
-    rows = '((n == 2)) && { echo "no contact" >&2; exit 1; }; echo "7|$b|None"; echo "8|{other}|Dependency"'
+    rows = '((n == 2)) && { echo "no contact" >&2; exit 1; }; echo "7|N/A|$b|None"; echo "8|N/A|{other}|Dependency"'
     fake(bin_folder, monkeypatch, squeue=count + states.format(end="FAILED") + rows.replace("{other}", "PENDING"))
     with pytest.raises(
         SlurmError, match=r"job 7 \(build\) ended as FAILED(?s:.*)line 80\n(?s:.*)line 99\n  exp"
@@ -227,8 +239,37 @@ def test_status_is_of_the_store_and_needs_no_slurm(
         r"^build: 10 of 30 shards, 0\.1 examples/s, 6 min 40 s left; the newest 2 min \d+ s ago$", text, re.M
     )
     assert "build 5: UNKNOWN (there is no squeue on this machine), build.log" in text
-    fake(bin_folder, monkeypatch, squeue="echo '5|PENDING|Priority'")
+    fake(bin_folder, monkeypatch, squeue="echo '5|N/A|PENDING|Priority'")
     assert "build 5: PENDING (Priority), build.log" in llmattrib("status", str(run_dir)).stdout
+
+
+@pytest.mark.parametrize(
+    ("tasks", "shown"),
+    [
+        (["RUNNING", "COMPLETED", "PENDING"], "RUNNING (1 COMPLETED, 1 PENDING, 1 RUNNING)"),
+        (["COMPLETED", "PENDING", "COMPLETED"], "PENDING (2 COMPLETED, 1 PENDING)"),
+        (["COMPLETED", "COMPLETED", "COMPLETED"], "COMPLETED (3 COMPLETED)"),
+        (["RUNNING", "FAILED", "COMPLETED"], "FAILED (1 COMPLETED, 1 FAILED, 1 RUNNING)"),
+    ],
+)
+def test_the_state_of_an_array_is_that_of_its_tasks(
+    path: str, tmp_path: Path, bin_folder: Path, monkeypatch: pytest.MonkeyPatch, tasks: list[str], shown: str
+) -> None:
+    rows = "; ".join(f"echo '9|{number}|{state}|None'" for number, state in enumerate(tasks, start=1))
+    fake(bin_folder, monkeypatch, sbatch="echo 9", squeue=rows, scancel="true")
+    logs = tmp_path / "run" / "slurm"
+    logs.mkdir(parents=True)
+    (logs / "build-9_2.log").write_text("it was the second\n")
+    array = slurm.Job("build", "9", str(logs / "build-9_*.log"), "2026-01-01T00:00:00+00:00")
+    (logs / "jobs.json").write_text(json.dumps({"jobs": [vars(array)]}))
+    assert f"build 9: {shown}, {array.log}" in llmattrib("status", path).stdout
+    if "FAILED" in tasks:
+        with pytest.raises(SlurmError, match=r"ended as FAILED; the end of .*build-9_2\.log:\nit was the second"):
+            slurm.wait([array], str, seconds=0.01)
+    if {"RUNNING", "PENDING"} & {*tasks}:
+        assert "are in the queue: build 9" in " ".join(llmattrib("submit", path).stderr.split())
+    else:
+        assert llmattrib("submit", path).exit_code == 0
 
 
 @pytest.fixture(scope="module")
@@ -334,3 +375,43 @@ def test_wait_fails_with_the_log_of_the_job_that_failed(on_cluster: Cluster, tmp
     assert result.exit_code == 2
     text = " ".join(result.stderr.split())
     assert re.search(r"job \d+ \(train\) ended as FAILED; the end of .* no module loaded", text)
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_an_array_of_jobs_shares_the_shards_and_one_that_is_warned_goes_on(on_cluster: Cluster, tmp_path: Path) -> None:
+    config = run_of(tmp_path, slurm={"gpus_per_node": 0, "array": 3}, reduce={"methods": ["grad_dot"]})
+    adapter = tiny_adapter_dir(tmp_path, config.model.name)
+    own = config.model_copy(update={"model": config.model.model_copy(update={"adapters": (adapter,)})})
+    result = llmattrib("submit", write_config(own, tmp_path))
+    assert result.exit_code == 0, result.output
+    jobs = slurm.recorded(own.layout)
+    array = jobs[0]
+
+    def state() -> str:
+        logs = [path.read_text() for path in Path(own.layout.path("slurm")).glob("*.log")]
+        return "\n".join([on_cluster.run("squeue", "--states=all", "--array"), *logs, on_cluster.logs()])
+
+    def identity(task: int) -> str:
+        """The number of a task's own job, as its processes know it."""
+        listing = on_cluster.run("squeue", "-h", "--array", "--states=all", f"--jobs={array.id}_{task}", "-o%A")
+        return listing.strip()
+
+    until(lambda: committed(own) >= 3, 90, state)
+    warned = next(task for task in (1, 2, 3) if on_cluster.state(f"{array.id}_{task}") == "RUNNING")
+    log = array.log.replace("*", str(warned))
+    number = identity(warned)
+    on_cluster.run("scancel", "--batch", "--signal=USR1", f"{array.id}_{warned}")
+    until(lambda: "finishing shards" in Path(log).read_text(), 20, state)
+    requeued(on_cluster, number, log)
+    slurm.wait(jobs, str, seconds=0.5)
+    assert "asked to stop" in Path(log).read_text()
+    shown = llmattrib("status", own.run_dir).stdout
+    assert "build: 30 of 30 shards" in shown
+    assert f"build {array.id}: COMPLETED (3 COMPLETED), {array.log}" in shown
+    for task in (1, 2, 3):
+        assert f"(part {task} of 3)" in Path(array.log.replace("*", str(task))).read_text()
+    local = own.model_copy(update={"run_dir": str(tmp_path / "local")})
+    build_features(local)
+    assert contents(own.layout.features) == contents(local.layout.features)
+    assert not list(Path(own.run_dir).glob("*.lock"))

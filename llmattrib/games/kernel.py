@@ -155,6 +155,7 @@ class FeatureRows:
         dim: p.
         max_bytes: memory allowed to one array; what is available when None.
         total: adds up over processes; then all of them ask for the same, in the same order.
+        everything: a pass over the rows of all processes; `blocks` when None.
     """
 
     blocks: Blocks
@@ -162,6 +163,11 @@ class FeatureRows:
     dim: int
     max_bytes: int | None = None
     total: Total = alone
+    everything: Blocks | None = None
+
+    def all_blocks(self) -> Iterator[tuple[int, Float[np.ndarray, "m p"]]]:
+        """Yield (first row, rows) of all rows, whichever process they are of."""
+        return (self.everything or self.blocks)()
 
     @cached_property
     def space(self) -> RowSpace:
@@ -209,10 +215,15 @@ class FeatureRows:
         require_memory(24 * self.dim**2, f"the Gram matrix of {self.dim} features", fix, self.max_bytes)
         return form_gram(self.blocks, self.dim, self.total)
 
-    @property
+    @cached_property
     def mean_square(self) -> float:
         """Mean squared row norm, the unit of a relative ridge."""
-        return float(np.trace(self.gram)) / self.num_rows
+
+        def part() -> Float[np.ndarray, " 1"]:
+            squares = (np.einsum("mp,mp->", rows, rows, dtype=np.float64) for _, rows in self.blocks())
+            return np.array([sum(squares)], np.float64)
+
+        return float(self.total(part)[0]) / self.num_rows
 
     def leave_one_out_errors(self, responses: Float[np.ndarray, "n c"], ridges: Sequence[float]) -> list[float]:
         """Return the mean squared leave-one-out residual at each absolute ridge; see the function of that name."""

@@ -11,6 +11,7 @@ always means that training on i raises the log-probability of the query's answer
 Each scorer is a frozen dataclass: `init` reads the features once and returns a state, `compute` maps a block of rows
 to a block of representers. The Gram matrix is accumulated in float64 over blocks; no array is n x p, except that for
 n < p the rows are rotated into their n dimensions, which takes less than a p x p matrix.
+The rest of the family: datainf.py, iterative.py, spectral.py.
 Sources: Pruthi et al. 2020 (TracIn), Koh and Liang 2017, Park et al. 2023 (TRAK); docs/methods.md section 1.
 """
 
