@@ -22,14 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import expit
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import cross_val_predict
 
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, load_config
+from llmattrib.evaluate.mislabel import detection, trivial_suspicions
 from llmattrib.evaluate.retrieval import tfidf_scores
 from llmattrib.query import Run, answered_slots, in_slots, transform
 from llmattrib.reader import FeatureReader
@@ -52,7 +48,15 @@ METHODS = {
     "sms": ("shapley", "banzhaf", "leave_one_out", "influence", "trak", "grad_cos"),
     "topics": ("shapley", "banzhaf", "leave_one_out"),
 }
-NUM_TEST, FLIPPED_SHARE, NEIGHBORS, HARMFUL, SEED = 100, 0.1, 10, 5, 0
+NUM_TEST, FLIPPED_SHARE, HARMFUL, SEED = 100, 0.1, 5, 0
+KEYS = {
+    "loss": "loss",
+    "gradient norm": "gradient_norm",
+    "residual": "residual",
+    "disagreement, features": "knn_disagreement",
+    "disagreement, tf-idf": "tfidf_disagreement",
+    "tf-idf regression": "tfidf_regression",
+}
 NAMES = {
     "knn_shapley": "`knn_shapley`",
     "loss": "loss at the base model",
@@ -104,59 +108,10 @@ def with_method(config: RunConfig, method: str) -> RunConfig:
     return config.model_copy(update={"values": config.values.model_copy(update={"method": method})})
 
 
-def disagreement(likeness: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the share of the nearest examples, itself left out, that have another label."""
-    likeness = likeness.copy()
-    np.fill_diagonal(likeness, -np.inf)
-    nearest = np.argsort(-likeness, axis=1, kind="stable")[:, :NEIGHBORS]
-    return np.asarray((labels[nearest] != labels[:, None]).mean(axis=1))
-
-
-def label_free(rows: np.ndarray, labels: np.ndarray, output: str) -> np.ndarray:
-    """Return unit features that do not know the label: of margins, the sign of the own label is undone."""
-    rows = rows[:, 0] * np.where(labels == 1, 1, -1)[:, None] if output != "logits" else rows.reshape(len(rows), -1)
-    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
-
-
-def residuals(game: ValidationGame, labels: np.ndarray) -> np.ndarray:
-    """Return y_i - f_{-i}(x_i) of the own label, in closed form."""
-    found = np.zeros(len(labels))
-    for output, part in enumerate(game.games):
-        rows = part.space.coordinates
-        solved = np.linalg.solve(rows.T @ rows + part.ridge * np.eye(rows.shape[1]), rows.T).T
-        raw = part.responses[:, 0] - rows @ (solved.T @ part.responses[:, 0])
-        own = labels == output if len(game.games) > 1 else np.ones(len(labels), dtype=bool)
-        found[own] = (raw / (1 - np.einsum("nd,nd->n", rows, solved)))[own]
-    return found
-
-
-def baselines(reader: FeatureReader, game: ValidationGame, texts: list[str]) -> dict[str, np.ndarray]:
-    """Return suspicion scores that need no values."""
-    labels = reader.store.column("label").astype(np.int64)
-    rows = np.concatenate([block for _, block in reader.store.blocks()]).astype(np.float64)
-    free = label_free(rows, labels, reader.output)
-    loss = reader.store.column("loss").astype(np.float64)
-    scores = {"loss": loss}
-    if reader.output == "margin":  # of `logits` the gradient of the loss mixes all classes
-        scores["gradient_norm"] = reader.store.column("norm") * expit(-reader.log_odds)
-    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b").fit_transform(texts)
-    odds = cross_val_predict(LogisticRegression(C=10.0, max_iter=1000), vectors, labels, cv=10, method="predict_proba")
-    return {
-        **scores,
-        "residual": residuals(game, labels),
-        "knn_disagreement": disagreement(free @ free.T, labels),
-        "tfidf_disagreement": disagreement(tfidf_scores(texts, texts), labels),
-        "tfidf_regression": -np.log(odds[np.arange(len(labels)), labels]),
-    }
-
-
-def detection(scores: np.ndarray, flipped: np.ndarray) -> dict[str, float]:
+def detected(suspicion: np.ndarray, flipped: np.ndarray) -> dict[str, float]:
     """Return AUROC of the flipped, and their recall among as many of the highest scores as were flipped."""
-    top = np.argsort(-scores, kind="stable")[: int(flipped.sum())]
-    return {
-        "auroc": round(float(roc_auc_score(flipped, scores)), 4),
-        "recall": round(float(flipped[top].sum() / flipped.sum()), 4),
-    }
+    found = detection(suspicion, flipped)
+    return {"auroc": round(found.auroc, 4), "recall": round(found.recall, 4)}
 
 
 def prompt_values(config: RunConfig, method: str, validation: Validation) -> np.ndarray:
@@ -188,7 +143,7 @@ def measure_task(task: str) -> dict[str, Any]:
     )
     texts = [row["text"] for row in train]
     scores = {name: -np.array([item.value for item in found.values]) for name, found in values.items()}
-    scores |= baselines(reader, game, texts)
+    scores |= {KEYS[name]: score for name, score in trivial_suspicions(reader, game.games, texts).items()}
 
     outputs = game.predictions(np.ones((1, game.num_players), dtype=bool))[0]
     is_right = outputs[:, 0] > 0 if outputs.shape[1] == 1 else outputs.argmax(axis=1) == validation.labels
@@ -203,7 +158,7 @@ def measure_task(task: str) -> dict[str, Any]:
         "ridge": game.ridge,
         "test_accuracy": round(float(is_right.mean()), 4),
         "num_misclassified": int((~is_right).sum()),
-        "detection": {name: detection(score, flipped) for name, score in scores.items()},
+        "detection": {name: detected(score, flipped) for name, score in scores.items()},
         "flipped_among_most_harmful": {
             name: {
                 "misclassified": round(float(flipped[rows[~is_right]].mean()), 4) if not is_right.all() else None,

@@ -1,5 +1,6 @@
 """The commands `llmattrib evaluate ...`: how good the attributions of a run are."""
 
+import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -36,26 +37,111 @@ def sketch(
         console.print_records([asdict(row) for row in rows], as_json=as_json)
 
 
-@app.command()
-def lds(
-    config: Config,
-    overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each method.")] = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Linear datamodelling score of reduce's methods and of baselines against the sub-models of `retrain`."""
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for each row.")]
+
+
+def _measure(name: str, config: str, overrides: list[str] | None, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Run one evaluation of suite.py and print its rows."""
     from llmattrib import console
 
     with console.reporting(debug):
         from llmattrib.config import load_config
-        from llmattrib.evaluate.lds import lds_of_run
+        from llmattrib.evaluate.scores import RunScores
+        from llmattrib.evaluate.suite import EVALUATIONS
 
         loaded = load_config(config, overrides or ())
-        with redirect_stdout(sys.stderr), console.bar("evaluate lds, steps", show=not quiet) as progress:
-            found = lds_of_run(loaded, progress)
-        rows = [
-            {"method": name, "lds": row.lds, "low": row.low, "high": row.high, "beyond_size": row.beyond_size}
-            for name, row in found.items()
-        ]
-        console.print_records(rows, as_json=as_json)
+        with redirect_stdout(sys.stderr), console.bar(f"evaluate {name}", show=not quiet) as progress:
+            record = EVALUATIONS[name].measure(RunScores(loaded, progress), progress)
+        console.print_evaluation(record.rows, () if quiet else record.notes, as_json=as_json)
+
+
+@app.command()
+def lds(
+    config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
+) -> None:
+    """Linear datamodelling score of reduce's methods and of baselines against the sub-models of `retrain`."""
+    _measure("lds", config, overrides, as_json, quiet, debug)
+
+
+@app.command("leave-one-out")
+def leave_one_out(
+    config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
+) -> None:
+    """Rank correlation with training without each example: needs `retrain` with retraining.design=leave_out."""
+    _measure("leave_one_out", config, overrides, as_json, quiet, debug)
+
+
+@app.command()
+def curves(
+    config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
+) -> None:
+    """Retrain without the examples ranked highest or lowest, or on the highest alone. Resumes."""
+    _measure("curves", config, overrides, as_json, quiet, debug)
+
+
+@app.command()
+def mislabel(
+    config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
+) -> None:
+    """How well wrongly labelled examples are found: needs evaluate.mislabeled or evaluate.mislabeled_column."""
+    _measure("mislabel", config, overrides, as_json, quiet, debug)
+
+
+@app.command()
+def planted(
+    config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
+) -> None:
+    """How often the example that taught an answer is ranked first: needs evaluate.source, a column of values.data."""
+    _measure("planted", config, overrides, as_json, quiet, debug)
+
+
+@app.command("tail-patch")
+def tail_patch(
+    config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
+) -> None:
+    """What one more gradient step on the first examples of each prompt does to its answer: needs one adapter."""
+    _measure("tail_patch", config, overrides, as_json, quiet, debug)
+
+
+@app.command()
+def signs(
+    config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
+) -> None:
+    """Share of signs that stay when random halves of the examples are reduced again."""
+    _measure("signs", config, overrides, as_json, quiet, debug)
+
+
+@app.command("all")
+def every(
+    config: Config,
+    overrides: Overrides = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="An evaluation to run; may be given several times.", show_default=False)
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="An evaluation to leave out; may be given several times.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each evaluation.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run every evaluation that this run has the truth for, and say why others are skipped."""
+    from llmattrib import console
+
+    with console.reporting(debug):
+        from llmattrib.config import load_config
+        from llmattrib.evaluate.scores import RunScores
+        from llmattrib.evaluate.suite import EVALUATIONS, evaluate_all
+
+        loaded = load_config(config, overrides or ())
+        with redirect_stdout(sys.stderr), console.bars(show=not quiet) as bars:
+            scores = RunScores(loaded, bars("validation features"))
+            outcome = evaluate_all(scores, skip or (), lambda name: bars(f"evaluate {name}"), only or ())
+        for record in outcome.records:
+            if as_json:
+                typer.echo(json.dumps({"evaluation": record.name, "rows": record.rows, "notes": record.notes}))
+            else:
+                typer.echo(f"\n{record.name}: {EVALUATIONS[record.name].question}")
+                console.print_evaluation(record.rows, () if quiet else record.notes, as_json=False)
+        for name, reason in outcome.skipped.items():
+            typer.echo(f"skipped {name}: {reason}", err=as_json)

@@ -23,6 +23,7 @@ from llmattrib.errors import ConfigError
 from llmattrib.layout import RunLayout
 from llmattrib.sections import (
     DataConfig,
+    EvaluateConfig,
     FeaturesConfig,
     IndexConfig,
     ModelConfig,
@@ -53,6 +54,7 @@ class RunConfig(Section):
     query: QueryConfig = QueryConfig()
     values: ValuesConfig = ValuesConfig()
     retraining: RetrainingConfig = RetrainingConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     plan: PlanConfig = PlanConfig()
     slurm: SlurmConfig = SlurmConfig()
 

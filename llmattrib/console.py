@@ -7,7 +7,7 @@ control characters replaced, so a training example cannot drive the terminal. Kn
 import json
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -120,8 +120,19 @@ def bar(description: str, *, show: bool) -> Iterator[Progress]:
     Yields:
         The callback to give to the stage.
     """
+    with bars(show=show) as add:
+        yield add(description)
+
+
+@contextmanager
+def bars(*, show: bool) -> Iterator[Callable[[str], Progress]]:
+    """Show progress bars on stderr, one for each description that the yielded function is called with.
+
+    Args:
+        show: false gives silent callbacks; so does a stderr that is no terminal.
+    """
     if not show or not sys.stderr.isatty():
-        yield silent
+        yield lambda _: silent
         return
     columns = (
         TextColumn("{task.description}"),
@@ -133,8 +144,12 @@ def bar(description: str, *, show: bool) -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     with RichProgress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def add(description: str) -> Progress:
+            task = progress.add_task(description, total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield add
 
 
 def printable(text: str, *, keep_newlines: bool = False) -> str:
@@ -256,6 +271,31 @@ def print_records(records: Sequence[Mapping[str, object]], *, as_json: bool) -> 
     for record in records:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in record.values()))
     Console().print(table)
+
+
+def print_evaluation(rows: Sequence[Mapping[str, object]], notes: Sequence[str], *, as_json: bool) -> None:
+    """Print the rows of an evaluation, intervals in the cells of their numbers, and what to know of them."""
+    print_records(rows if as_json else [_with_intervals(row) for row in rows], as_json=as_json)
+    for note in () if as_json else notes:
+        typer.echo(f"  {note}")
+
+
+def _with_intervals(row: Mapping[str, object]) -> dict[str, object]:
+    """Join `x`, `x_low` and `x_high`; plain `low` and `high` belong to the column before."""
+    cells: dict[str, object] = {}
+    last = ""
+    for key, value in row.items():
+        if key in ("low", f"{last}_low"):
+            cells[last] = f"{_cell(cells[last])} ({_cell(value)}"
+        elif key in ("high", f"{last}_high"):
+            cells[last] = f"{cells[last]} .. {_cell(value)})"
+        else:
+            cells[last := key] = value
+    return cells
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def print_plan(plan: "Plan") -> None:

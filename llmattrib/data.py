@@ -26,6 +26,7 @@ from llmattrib.storage import atomic_write, read_bytes
 MAX_CELL = 2**31 - 1
 """Characters of a CSV cell; Python's own limit of 131,072 is less than some documents and chats have."""
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+_ABSENT = object()
 _SCHEMA = pa.schema([("id", pa.string()), ("prompt", pa.string()), ("completion", pa.string())])
 
 
@@ -125,6 +126,25 @@ def load_validation_examples(data: DataConfig, values: ValuesConfig) -> list[Exa
             for part in (error.found, error.expected, error.fix)
         ]
         raise type(error)(parts[0], expected=parts[1], fix=parts[2]) from error
+
+
+def read_column(data: DataConfig, name: str) -> dict[str, Any]:
+    """Read one more column of the data set of `data`.
+
+    Returns:
+        Id of each example -> what the column holds, None where it is empty or null.
+
+    Raises:
+        MissingFieldError: no row has the column.
+        DataError: as `load_examples`.
+    """
+    rows = islice(_rows(data), data.limit)
+    found = {_example(k, place, row, data).id: row.get(name, _ABSENT) for k, (place, row) in enumerate(rows)}
+    if all(value is _ABSENT for value in found.values()):
+        raise MissingFieldError(
+            f"{data.train} has no field {name!r}", expected="it in the rows that have something there"
+        )
+    return {key: None if value in (_ABSENT, "") else value for key, value in found.items()}
 
 
 def save_examples(examples: Sequence[Example], path: str | Path) -> None:

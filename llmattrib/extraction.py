@@ -130,7 +130,10 @@ def resolved_config(config: RunConfig) -> RunConfig:
     values = config.values
     if values.data is not None:
         values = values.model_copy(update={"data": _absolute(values.data)})
-    return config.model_copy(update={"model": model, "data": data, "values": values})
+    evaluate = config.evaluate
+    if evaluate.mislabeled is not None:
+        evaluate = evaluate.model_copy(update={"mislabeled": _absolute(evaluate.mislabeled)})
+    return config.model_copy(update={"model": model, "data": data, "values": values, "evaluate": evaluate})
 
 
 def _absolute(name: str) -> str:

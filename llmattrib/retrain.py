@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from llmattrib.adapters import ADAPTER_WEIGHTS
 from llmattrib.config import RunConfig
@@ -78,7 +79,7 @@ def retrain(config: RunConfig, ranks: Ranks | None = None, progress: Progress = 
     started, settings = time.perf_counter(), config.retraining
     ranks = ranks or Ranks()
     path = config.layout.path("retraining")
-    examples, queries, identity = ranks.together(lambda: _inputs(config))
+    examples, queries, identity = ranks.together(lambda: game_inputs(config))
     with locked(path) if ranks.is_main else nullcontext():
         pending = ranks.on_main(lambda: _create(config, len(examples.encoded), len(queries.encoded), identity))
         done = ranks.together(lambda: _fill(config, examples, queries, pending, ranks, progress)) if any(pending) else 0
@@ -93,12 +94,15 @@ def retrain(config: RunConfig, ranks: Ranks | None = None, progress: Progress = 
     )
 
 
-def retrained_rows(config: RunConfig, design: Design | None = None) -> SubsetRows:
-    """Read the subsets that are trained with every seed; utilities are log-odds, means over seeds.
+def retrained_seeds(config: RunConfig, design: Design | None = None) -> tuple[SubsetRows, Float[np.ndarray, "s m q"]]:
+    """Read the subsets that are trained with every seed.
 
     Args:
         config: the run.
         design: of the subsets; that of `config.retraining` by default.
+
+    Returns:
+        The subsets, their utilities log-odds, means over seeds; and the log-odds of each seed.
 
     Raises:
         StoreNotFoundError: nothing was retrained.
@@ -108,11 +112,25 @@ def retrained_rows(config: RunConfig, design: Design | None = None) -> SubsetRow
     rows = [table.rows(design or DESIGNS[config.retraining.design]) for table in _tables(config)]
     draws = sorted(set.intersection(*(set(part.draw.tolist()) for part in rows)))
     places = [np.searchsorted(part.draw, draws) for part in rows]
-    mean = np.mean([part.utilities[place] for part, place in zip(rows, places, strict=True)], axis=0)
+    utilities = np.array([part.utilities[place] for part, place in zip(rows, places, strict=True)])
     first, place = rows[0], places[0]
-    return dataclasses.replace(
-        first, members=first.members[place], p=first.p[place], draw=first.draw[place], utilities=mean
+    mean = dataclasses.replace(
+        first,
+        members=first.members[place],
+        p=first.p[place],
+        draw=first.draw[place],
+        utilities=utilities.mean(axis=0),
     )
+    return mean, utilities
+
+
+def retrained_rows(config: RunConfig, design: Design | None = None) -> SubsetRows:
+    """Return the first of `retrained_seeds`.
+
+    Raises:
+        As `retrained_seeds`.
+    """
+    return retrained_seeds(config, design)[0]
 
 
 def _path(config: RunConfig, seed: int) -> str:
@@ -137,8 +155,12 @@ def _adapter(config: RunConfig) -> str | None:
     return adapters[0]
 
 
-def _inputs(config: RunConfig) -> tuple[EncodedSet, EncodedSet, dict[str, Any]]:
-    """Return examples, queries and what the utilities depend on."""
+def game_inputs(config: RunConfig) -> tuple[EncodedSet, EncodedSet, dict[str, Any]]:
+    """Return examples, queries and what the utilities depend on besides the training seed; loads no weights.
+
+    Raises:
+        ConfigError, DataError, ModelError: as `retrain`.
+    """
     examples, identity = training_inputs(config)
     queries = encode_without_weights(config, load_validation_examples(config.data, config.values))
     adapter = _adapter(config)
@@ -153,6 +175,19 @@ def _inputs(config: RunConfig) -> tuple[EncodedSet, EncodedSet, dict[str, Any]]:
             "start": "fresh" if adapter is None else file_digest(Path(adapter) / ADAPTER_WEIGHTS)[:32],
         },
     )
+
+
+def load_game(config: RunConfig, examples: EncodedSet, queries: EncodedSet) -> RetrainingGame:
+    """Load the model and set up the game of a run.
+
+    Raises:
+        ConfigError, ModelError, DeviceMemoryError: as `retrain`.
+    """
+    adapter = _adapter(config)
+    tuning = load_trainable(config, adapter)
+    start = None if adapter is None else {name: factor.detach().clone() for name, factor in tuning.factors.items()}
+    ids = [example.id for example in examples.examples]
+    return RetrainingGame(config, tuning, examples.encoded, ids, queries.encoded, start)
 
 
 def _create(config: RunConfig, num_examples: int, num_queries: int, identity: dict[str, Any]) -> list[list[int]]:
@@ -176,11 +211,7 @@ def _fill(
     progress: Progress,
 ) -> int:
     """Train this rank's share; return the number of sub-models."""
-    adapter = _adapter(config)
-    tuning = load_trainable(config, adapter)
-    start = None if adapter is None else {name: factor.detach().clone() for name, factor in tuning.factors.items()}
-    ids = [example.id for example in examples.examples]
-    game = RetrainingGame(config, tuning, examples.encoded, ids, queries.encoded, start)
+    game = load_game(config, examples, queries)
     todo = ranks.share([(seed, shard) for seed, shards in enumerate(pending) for shard in shards])
     tables = [SubsetTable.open(_path(config, seed), read_only=False) for seed in range(len(pending))]
     size = config.retraining.shard_size

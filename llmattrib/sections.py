@@ -23,6 +23,7 @@ ValuesMethod = (
     Literal["permutation", "subset", "one_sample", "msr_banzhaf", "ame_lasso", "knn_shapley", "freeshap"] | Method
 )
 """Data values by sampling or a game of their own, or by a method of reduce."""
+CurveKind = Literal["remove_highest", "remove_lowest", "keep_highest", "keep_lowest"]
 OutputFunction = Literal["loss", "log_odds", "margin", "logits", "pntk"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
@@ -281,6 +282,47 @@ class RetrainingConfig(Section):
     num_seeds: PositiveInt = 1
     warm_start: bool = False
     shard_size: PositiveInt = 4
+
+
+class EvaluateConfig(Section):
+    """What `llmattrib evaluate` measures, and with how much work (docs/methods.md section 10).
+
+    `curves` are retrained with the examples ranked highest or lowest removed, or kept alone, at `fractions` of the
+    data; `num_seeds` fine-tunes each, beside `num_random` random rankings. The ranking is by the mean over prompts;
+    each of the first `curve_prompts` prompts also gets the curves of a ranking of its own.
+    `source` is a column of `values.data` that names the id of the example which taught an answer (null: none did);
+    recall is counted at `recall_at`. `mislabeled` is a file with the ids of wrongly labelled examples, one a line;
+    `mislabeled_column` instead a column of `data.train` that is true for them.
+    `sign_resamples` random halves of the examples are reduced again. `tail_patch_top` examples of each prompt and
+    method take one gradient step of `tail_patch_rate`. Intervals are by `num_resamples` bootstrap samples.
+    """
+
+    curves: tuple[CurveKind, ...] = ("remove_highest", "remove_lowest", "keep_highest")
+    fractions: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (
+        0.01,
+        0.02,
+        0.05,
+        0.1,
+        0.2,
+        0.4,
+    )
+    curve_prompts: int = Field(0, ge=0)
+    num_seeds: PositiveInt = 1
+    num_random: PositiveInt = 2
+    source: str | None = None
+    recall_at: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 5, 10)
+    mislabeled: Place | None = None
+    mislabeled_column: str | None = None
+    sign_resamples: PositiveInt = 10
+    tail_patch_top: PositiveInt = 5
+    tail_patch_rate: float = Field(0.1, gt=0)
+    num_resamples: PositiveInt = 1000
+
+    @model_validator(mode="after")
+    def _one_list_of_mislabeled(self) -> "EvaluateConfig":
+        if self.mislabeled is not None and self.mislabeled_column is not None:
+            raise ValueError("mislabeled and mislabeled_column both say which labels are wrong; give one")
+        return self
 
 
 class PlanConfig(Section):

@@ -1,7 +1,7 @@
 """Checks of a whole run: every byte of its stores, and that each was made from what is there now.
 
     features, validation features, representers    every shard: crc32c, checksum, finite numbers; vectors; fingerprints
-    values/subsets.zarr, retraining/seed<k>.zarr   every shard of the tables
+    values/subsets.zarr, retraining/*.zarr         every shard of the tables
     examples.parquet, values/<method>.*            number of rows, fingerprints
     index/<method>.*                               checksums, and the vectors against the representers
     everything                                     temporary files and locks that killed processes left
@@ -329,9 +329,9 @@ class _Checks:
             yield from self.values_of(name, features)
 
     def sub_models(self) -> Iterator[Finding]:
-        """The tables of sub-models, one for each training seed."""
-        rerun = self.command("retrain")
+        """The tables of sub-models: one for each training seed, and that of subsets chosen by evaluations."""
         for name in self.names("retraining", (".zarr",)):
+            rerun = self.command("evaluate curves" if name == "chosen" else "retrain")
             found = list[Finding]()
             table = self.open(self.layout.path("retraining", f"{name}.zarr"), TableStore.open, rerun, found)
             yield from found

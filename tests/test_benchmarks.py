@@ -2,8 +2,6 @@
 
 import json
 
-import numpy as np
-
 from benchmarks import kernel_game, label_words, lds, poison, reduce, scaling
 from benchmarks.demo import BEGIN, END, README, RESULT, pool, table
 from benchmarks.truth.margins import load as margins_of
@@ -90,30 +88,3 @@ def test_the_tables_of_label_words_are_rendered_from_the_result() -> None:
     text = label_words.DOCS.read_text(encoding="utf-8")
     found = text.partition(label_words.BEGIN)[2].partition(label_words.END)[0]
     assert found == label_words.tables(json.loads(label_words.RESULT.read_text()))
-
-
-def test_detection_counts_the_most_suspicious() -> None:
-    flipped = np.array([True, False, False, True])
-    assert label_words.detection(np.array([3.0, 2.0, 1.0, 0.0]), flipped) == {"auroc": 0.5, "recall": 0.5}
-    assert label_words.detection(np.array([3.0, 1.0, 0.0, 2.0]), flipped) == {"auroc": 1.0, "recall": 1.0}
-
-
-def test_residuals_without_an_example_are_those_of_a_fit_without_it() -> None:
-    from llmattrib.games.kernel import KernelGame
-    from llmattrib.rng import stream
-
-    rows = stream(0, "test residuals").standard_normal((9, 4))
-    games = tuple(KernelGame(rows * scale, np.ones((9, 1)), 0.3) for scale in (1.0, 2.0))
-    labels = np.arange(9) % 2
-
-    class Games:
-        pass
-
-    for chosen in (games[:1], games):
-        held = Games()
-        held.games = chosen  # type: ignore[attr-defined]
-        found = label_words.residuals(held, labels)  # type: ignore[arg-type]
-        for i in range(9):
-            game = chosen[labels[i] if len(chosen) > 1 else 0]
-            kept = np.arange(9) != i
-            assert np.isclose(found[i], 1 - game.value(kept, game.features[i : i + 1])[0, 0])

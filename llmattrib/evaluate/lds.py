@@ -16,15 +16,12 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
-from llmattrib.config import RunConfig
 from llmattrib.errors import MethodError
-from llmattrib.evaluate.scores import BASELINES, baseline_scores, method_scores
+from llmattrib.evaluate.record import Record
+from llmattrib.evaluate.scores import RunScores
 from llmattrib.games.subset_table import SubsetRows
-from llmattrib.progress import Progress, silent
-from llmattrib.query import Run
-from llmattrib.retrain import retrained_rows
+from llmattrib.retrain import retrained_seeds
 from llmattrib.rng import stream
-from llmattrib.values.validation import load_validation
 
 NUM_RESAMPLES = 1000
 
@@ -48,24 +45,30 @@ class Lds:
     per_prompt: Float[np.ndarray, " q"]
 
 
-def lds_of_run(config: RunConfig, progress: Progress = silent) -> dict[str, Lds]:
+def lds_of_run(scores: RunScores) -> Record:
     """Score the methods of `reduce.methods` and the baselines of scores.py against the run's sub-models.
 
     Returns:
-        Method or baseline -> its score, best first.
+        Rows `method`, `lds`, `low`, `high`, `beyond_size`; saved.
 
     Raises:
         StoreNotFoundError, IncompleteStoreError, StaleIndexError: a stage is missing or outdated, `retrain` too.
         MethodError: the sub-models are of other prompts or examples.
     """
-    rows, run = retrained_rows(config), Run(config)
-    validation = load_validation(run, progress)
-    found: dict[str, Lds] = {}
-    for method in config.reduce.methods:
-        found[method] = lds(method_scores(run, method, validation), rows, config.seed)
-    for baseline in BASELINES:
-        found[baseline] = lds(baseline_scores(run, baseline), rows, config.seed)
-    return dict(sorted(found.items(), key=lambda item: -item[1].lds))
+    config = scores.config
+    rows, margins = retrained_seeds(config)
+    found = {name: lds(array, rows, config.seed) for name, array in scores.table().items()}
+    ranked = sorted(found.items(), key=lambda item: -item[1].lds)
+    size = f"{len(rows.p)} subsets ({rows.design.name}), {config.retraining.num_seeds} seeds each"
+    return Record(
+        "lds",
+        [
+            {"method": name, "lds": row.lds, "low": row.low, "high": row.high, "beyond_size": row.beyond_size}
+            for name, row in ranked
+        ],
+        (f"against sub-models of {size}, {rows.utilities.shape[1]} prompts", *agreement_note(margins)),
+        {"per_prompt": {name: row.per_prompt.tolist() for name, row in ranked}},
+    ).save(config, scores.features.digest())
 
 
 def lds(scores: Float[np.ndarray, "q n"], rows: SubsetRows, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> Lds:
@@ -98,9 +101,9 @@ def lds(scores: Float[np.ndarray, "q n"], rows: SubsetRows, seed: int = 0, num_r
         prompts = draws.integers(0, num_prompts, num_prompts)
         with np.errstate(invalid="ignore"):
             found = spearman(predicted[subsets][:, prompts], rows.utilities[subsets][:, prompts])
-        resampled.append(_mean(found))
+        resampled.append(mean_correlation(found))
     low, high = np.percentile(resampled, (2.5, 97.5))
-    return Lds(_mean(per_prompt), float(low), float(high), _mean(beyond), per_prompt)
+    return Lds(mean_correlation(per_prompt), float(low), float(high), mean_correlation(beyond), per_prompt)
 
 
 def spearman(one: Float[np.ndarray, "m q"], other: Float[np.ndarray, "m q"]) -> Float[np.ndarray, " q"]:
@@ -111,6 +114,17 @@ def spearman(one: Float[np.ndarray, "m q"], other: Float[np.ndarray, "m q"]) -> 
     return np.asarray(np.divide((first * second).sum(axis=0), norms, out=np.full(len(norms), np.nan), where=norms > 0))
 
 
+def agreement_note(utilities: Float[np.ndarray, "s m q"]) -> tuple[str, ...]:
+    """Say how well one training seed ranks sub-models as the mean of the others does: no score can be much higher."""
+    if len(utilities) < 2:
+        return ()
+    found = [
+        mean_correlation(spearman(utilities[seed], np.delete(utilities, seed, axis=0).mean(axis=0)))
+        for seed in range(len(utilities))
+    ]
+    return (f"one seed ranks the sub-models as the mean of the others does to {np.mean(found):.2f}",)
+
+
 def _without_size(values: Float[np.ndarray, "m q"], rows: SubsetRows) -> Float[np.ndarray, "m q"]:
     """Return what a linear regression on the size of the subsets leaves; zeros where that is rounding."""
     size = rows.members.sum(axis=1) - rows.members.sum(axis=1).mean()
@@ -119,6 +133,6 @@ def _without_size(values: Float[np.ndarray, "m q"], rows: SubsetRows) -> Float[n
     return np.where(np.abs(left).max(axis=0) > 1e-9 * np.abs(values).max(axis=0), left, 0.0)
 
 
-def _mean(per_prompt: Float[np.ndarray, " q"]) -> float:
+def mean_correlation(per_prompt: Float[np.ndarray, " q"]) -> float:
     """Return the mean of defined correlations; scores that say nothing count as 0."""
     return float(np.nan_to_num(per_prompt).mean())

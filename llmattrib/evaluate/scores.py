@@ -15,6 +15,7 @@ negative for one of another: what a label says is not in its words.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -23,16 +24,18 @@ import torch
 from jaxtyping import Bool, Float
 from sklearn.feature_extraction.text import CountVectorizer
 
+from llmattrib.config import RunConfig
 from llmattrib.data import Example, load_validation_examples
 from llmattrib.encoding import Encoded, collate, length_batches
 from llmattrib.evaluate.retrieval import tfidf_scores
 from llmattrib.extraction import batch_memory, encode_examples
+from llmattrib.progress import Progress, silent
 from llmattrib.query import Run, answered_slots, current_representers, in_slots, transform
 from llmattrib.rng import stream
 from llmattrib.scorers.gradient import unit_rows
 from llmattrib.sections import Method
 from llmattrib.store import RowStore
-from llmattrib.values.validation import Validation
+from llmattrib.values.validation import Validation, load_validation
 
 Baseline = Literal["random", "size", "loss", "tfidf", "bm25", "embedding"]
 BASELINES: tuple[Baseline, ...] = ("random", "size", "loss", "tfidf", "bm25", "embedding")
@@ -44,8 +47,17 @@ def method_scores(run: Run, method: Method, validation: Validation) -> Float[np.
     Raises:
         StoreNotFoundError, IncompleteStoreError, StaleIndexError: representers are missing, unfinished or outdated.
     """
-    features = RowStore.open(run.config.layout.features)
-    store = current_representers(run.config, method, features)
+    return scores_of_representers(run.config, method, validation)
+
+
+def scores_of_representers(config: RunConfig, method: Method, validation: Validation) -> Float[np.ndarray, "q n"]:
+    """Return the same of the representers in the directory of a config, whose features may be a part of a run's.
+
+    Raises:
+        StoreNotFoundError, IncompleteStoreError, StaleIndexError: as `method_scores`.
+    """
+    features = RowStore.open(config.layout.features)
+    store = current_representers(config, method, features)
     output = str(features.manifest.fingerprint["features"]["output"])
     slots = answered_slots(validation.labels, output)
     rows = transform(validation.phi, store.read_vector("mean"), bool(store.manifest.info["normalize"]))
@@ -60,10 +72,7 @@ def baseline_scores(run: Run, baseline: Baseline) -> Float[np.ndarray, "q n"]:
         ConfigError: `values.data` is not set.
         DataError: the validation examples cannot be used.
     """
-    config, examples = run.config, run.examples
-    queries = load_validation_examples(config.data, config.values)
-    if config.data.overlong == "skip":
-        queries = encode_examples(config, run.extractor, queries).examples
+    config, examples, queries = run.config, run.examples, validation_examples(run)
     if baseline == "random":
         return stream(config.seed, "evaluate", "random").standard_normal((len(queries), len(examples)))
     if baseline == "size":
@@ -80,6 +89,80 @@ def baseline_scores(run: Run, baseline: Baseline) -> Float[np.ndarray, "q n"]:
     else:
         found = _embedding_scores(run, examples, queries)
     return np.where(_agreement(examples, queries), found, -found) if has_labels else found
+
+
+def validation_examples(run: Run) -> Sequence[Example]:
+    """Return the validation examples that have features, in their order.
+
+    Raises:
+        ConfigError, DataError: as `baseline_scores`.
+    """
+    queries = load_validation_examples(run.config.data, run.config.values)
+    if run.config.data.overlong == "skip":
+        return encode_examples(run.config, run.extractor, queries).examples
+    return queries
+
+
+class RunScores:
+    """Scores of the methods of a run and of the baselines; each is computed once, when it is first asked for.
+
+    Attributes:
+        run: the run.
+        config: of it.
+
+    Args:
+        config: a run whose representers are complete.
+        progress: told of validation examples whose features are computed.
+
+    Raises:
+        StoreNotFoundError, IncompleteStoreError: the features are missing or not finished.
+    """
+
+    def __init__(self, config: RunConfig, progress: Progress = silent) -> None:
+        self.config, self.run, self._progress = config, Run(config), progress
+        self._found: dict[str, Float[np.ndarray, "q n"]] = {}
+
+    @cached_property
+    def validation(self) -> Validation:
+        """Features of the validation set."""
+        return load_validation(self.run, self._progress)
+
+    @cached_property
+    def queries(self) -> Sequence[Example]:
+        """The validation examples."""
+        return validation_examples(self.run)
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """The training examples."""
+        return self.run.examples
+
+    @cached_property
+    def features(self) -> RowStore:
+        """The features of the training examples."""
+        return RowStore.open(self.config.layout.features)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods of reduce."""
+        return self.config.reduce.methods
+
+    def of(self, name: str) -> Float[np.ndarray, "q n"]:
+        """Return the scores of a method or baseline.
+
+        Raises:
+            As `method_scores` and `baseline_scores`.
+        """
+        if name not in self._found:
+            if name in BASELINES:
+                self._found[name] = baseline_scores(self.run, name)
+            else:
+                self._found[name] = method_scores(self.run, name, self.validation)
+        return self._found[name]
+
+    def table(self, without: Sequence[str] = ()) -> dict[str, Float[np.ndarray, "q n"]]:
+        """Return the scores of all methods, then of all baselines but some."""
+        return {name: self.of(name) for name in (*self.methods, *BASELINES) if name not in without}
 
 
 def bm25_scores(
