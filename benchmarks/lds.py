@@ -1,6 +1,6 @@
 """Linear datamodelling score of every method against models retrained on random halves of the data.
 
-    python -m benchmarks.lds [--tasks sms facts] [--points init early trained]
+    python -m benchmarks.lds [--tasks sms facts] [--points init early trained] [--preconditioners none ekfac]
 
 Two tasks on a 1M-parameter Llama (benchmarks/truth/): SMS spam through two label tokens, where answers share no word
 with the messages, and factbook questions. Truth: benchmarks/truth/<task>_margins.npz, sub-models on random halves,
@@ -8,7 +8,8 @@ mean over training seeds. Scores: exact gradients (no sketch), each method at it
 
 Methods are named `method` (features at initialisation, one of them: the default), `method, k inits`, `method, early`
 (features at an adapter after a fine-tune of 2 epochs) and `method, k trained` (features at k adapters trained with
-different seeds). Baselines are those of `llmattrib evaluate`.
+different seeds). `ekfac_influence` is grad_dot on features whitened by EK-FAC. Baselines are those of `llmattrib
+evaluate`.
 `ceiling` is the score of the truth itself: one seed's margins against the mean of the others, sub-model by sub-model.
 Intervals are 95 %, over prompts and subsets. Adds to benchmarks/results/lds.json, task by task and name
 by name, and renders docs/choosing.md.
@@ -17,6 +18,7 @@ by name, and renders docs/choosing.md.
 import argparse
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ PAGE = HERE.parent / "docs" / "choosing.md"
 BEGIN, END = "<!-- lds:begin -->\n", "<!-- lds:end -->\n"
 DEFAULT = "shapley"
 METHODS = ("shapley", "banzhaf", "leave_one_out", "influence", "trak", "grad_dot", "grad_cos")
+EKFAC = "ekfac_influence"
 POINTS = {"init": (1, 5), "early": (1,), "trained": (1, 5)}
 EARLY_EPOCHS = 2
 
@@ -48,7 +51,7 @@ def figures(found: Lds) -> dict[str, Any]:
     return {"lds": round(found.lds, 4), "ci95": interval, "beyond_size": round(found.beyond_size, 4)}
 
 
-def variant(task: str, point: str, count: int) -> RunConfig:
+def variant(task: str, point: str, count: int, preconditioner: str = "none") -> RunConfig:
     """Return the run of one linearisation point; trains its adapters."""
     base = load_config(HERE / "truth" / f"{task}.yaml")
     tree = base.model_dump(mode="json")
@@ -56,6 +59,10 @@ def variant(task: str, point: str, count: int) -> RunConfig:
     tree["features"]["linearisation"] = "init" if point == "init" else "trained"
     tree["features"]["num_inits"] = count if point == "init" else 1
     tree["reduce"]["methods"] = list(METHODS)
+    if preconditioner != "none":
+        tree["run_dir"] += f"_{preconditioner}"
+        tree["features"]["preconditioner"] = preconditioner
+        tree["reduce"]["methods"] = ["grad_dot"]
     if point == "trained":
         tree["model"]["adapters"] = [adapter(base, seed) for seed in range(count)]
     elif point == "early":
@@ -74,10 +81,10 @@ def scores_of(config: RunConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the scores of every method of a run, from its features on."""
     build_features(config)
     reduce_run(config)
-    run = Run(config)
+    run, is_whitened = Run(config), config.features.preconditioner == "ekfac"
     validation = load_validation(run)
     for method in config.reduce.methods:
-        yield method, method_scores(run, method, validation)
+        yield (EKFAC if is_whitened else method), method_scores(run, method, validation)
     if config.run_dir.endswith("init1"):
         for baseline in BASELINES:
             yield baseline, baseline_scores(run, baseline)
@@ -133,7 +140,7 @@ def table(result: dict[str, Any]) -> str:
             "| | " + " | ".join(columns) + " |",
             "|---" * (len(columns) + 1) + "|",
         ]
-        for method in (*METHODS, *BASELINES):
+        for method in (*METHODS, EKFAC, *BASELINES):
             cells = [found["methods"].get(method + suffix) for suffix in columns.values()]
             texts = [cell_text(cell) if cell else "" for cell in cells]
             lines.append(f"| {method} | " + " | ".join(texts) + " |")
@@ -152,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--points", nargs="+", choices=list(POINTS), default=list(POINTS))
+    parser.add_argument("--preconditioners", nargs="+", choices=["none", "ekfac"], default=["none", "ekfac"])
     options = parser.parse_args()
     for task in options.tasks:
         rows, margins = load(task)
@@ -159,7 +167,8 @@ def main() -> None:
         for point in options.points:
             for count in POINTS[point]:
                 methods = {}
-                for method, scores in scores_of(variant(task, point, count)):
+                configs = [variant(task, point, count, preconditioner) for preconditioner in options.preconditioners]
+                for method, scores in chain.from_iterable(map(scores_of, configs)):
                     name = name_of(method, point, count)
                     methods[name] = figures(lds(scores, rows))
                     print(task, name, methods[name], flush=True)

@@ -3,9 +3,10 @@
 The first rank checks that the store fits the settings (or creates it, with a sketch planned on a sample) and hands
 out the shards that are not there yet; ranks then work alone. Batches are formed within a shard, so a row's bytes
 depend neither on the number of ranks nor on where an earlier run was stopped. Data that has grown at its end extends
-the store (append.py), with the sketch that was planned on the first examples. Under a launcher a rank that fails ends
-the job; committed shards are kept, and a rerun computes the others. A signal to stop (signals.py) to any rank lets
-every rank finish the shard it is at. Several jobs may build one store, each a part of its shards (lock.py).
+the store (append.py), with the sketch that was planned, and the curvature that was fitted, on the first examples.
+Under a launcher a rank that fails ends the job; committed shards are kept, and a rerun computes the others. A signal to
+stop (signals.py) to any rank lets every rank finish the shard it is at. Several jobs may build one store, each a part
+of its shards (lock.py).
 
 Ranks that share the model's weights (ZeRO-3) go in rounds of one shard each: who has fewer batches, or no shard left,
 runs padding batches whose features are thrown away.
@@ -45,9 +46,10 @@ from llmattrib.features.extract import COLUMNS, Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
 from llmattrib.lock import Part, locked
 from llmattrib.manifest import differing
+from llmattrib.preconditioner import CURVATURE, curvature_digest, fit_curvature, load_curvature
 from llmattrib.progress import Progress, silent
 from llmattrib.signals import deferred
-from llmattrib.storage import atomic_write
+from llmattrib.storage import atomic_write, exists, require_space
 from llmattrib.store import Manifest, RowStore
 
 PACKAGES = ("llmattrib", "numpy", "peft", "tokenizers", "torch", "transformers", "zarr")
@@ -106,6 +108,7 @@ def build_features(
         DiskSpaceError: it would not fit on the disk.
         NonFiniteGradientError: an example's gradient is NaN or infinite.
         DeviceMemoryError: a batch does not fit on the device.
+        CurvatureError: the curvature does not fit the memory, or the file of the stored features is gone.
         StoppedError: a signal asked a rank to stop; all have finished their shard, and others are pending.
     """
     started = time.perf_counter()
@@ -116,10 +119,13 @@ def build_features(
         examples = ranks.together(lambda: load_examples(config.data))  # first: quick, and most mistakes are here
         extractor = ranks.in_passes(lambda: load_extractor(config, ranks.sharding))
         encoded = ranks.together(lambda: encode_examples(config, extractor, examples))
+        curvature = _curvature(config, extractor, encoded.encoded, ranks)
         plan = _plan(config, extractor, encoded.encoded, ranks)
         with deferred() as is_asked:  # on every rank before the first shard of any
-            todo, num_appended = ranks.on_main(lambda: _join(config, extractor, encoded, plan, part, held))
+            todo, num_appended = ranks.on_main(lambda: _join(config, extractor, encoded, plan, curvature, part, held))
+            curvature = None  # gigabytes, for large models; it is in its file now
             store = RowStore.open(path, read_only=False)
+            ranks.together(lambda: load_curvature(config, extractor, store.manifest.info))
             done = _write(config, extractor, encoded, store, ranks, todo, progress, lambda: ranks.is_any(is_asked()))
             told = ranks.gather([done, is_asked()])
         all_done = [shard for mine, _ in told for shard in mine]
@@ -138,7 +144,13 @@ def build_features(
 
 
 def _join(
-    config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan: SketchPlan, part: Part | None, held: ExitStack
+    config: RunConfig,
+    extractor: Extractor,
+    encoded: EncodedSet,
+    plan: SketchPlan,
+    curvature: bytes | None,
+    part: Part | None,
+    held: ExitStack,
 ) -> tuple[list[int], int]:
     """Prepare the store, but for a part beside others, which write by the plan that is there; hold the part's lock.
 
@@ -148,9 +160,9 @@ def _join(
         The shards to compute, and how many rows were added to a store that was there.
     """
     path, num_appended = config.layout.features, 0
-    manifest = _manifest(config, extractor, encoded, plan)
+    manifest = _manifest(config, extractor, encoded, plan, curvature)
     if part is None:
-        return _prepare(config, encoded, manifest)
+        return _prepare(config, encoded, manifest, curvature)
     with part.joining(path) as has_others:
         if has_others:
             stored = RowStore.open(path, read_only=False)
@@ -159,24 +171,42 @@ def _join(
                 raise FingerprintMismatchError(path, keys)
             pending = stored.pending()
         else:
-            pending, num_appended = _prepare(config, encoded, manifest)
+            pending, num_appended = _prepare(config, encoded, manifest, curvature)
         held.enter_context(locked(part.place(path)))
     return [shard for shard in pending if part.has(shard)], num_appended
 
 
-def _prepare(config: RunConfig, encoded: EncodedSet, manifest: Manifest) -> tuple[list[int], int]:
+def _prepare(
+    config: RunConfig, encoded: EncodedSet, manifest: Manifest, curvature: bytes | None
+) -> tuple[list[int], int]:
     """Create, check or extend the store and save what belongs to it; return what `_join` does, of all shards."""
     path, num_appended = config.layout.features, 0
     try:
         stored = RowStore.open(path, read_only=False)
     except StoreNotFoundError:
-        pass
+        if curvature is not None:
+            require_space(path, manifest.num_bytes + len(curvature))
+            atomic_write(config.layout.curvature, curvature)
     else:
         num_appended = extend(stored, manifest, encoded, config.layout.examples)
     store = RowStore.create(path, manifest)
     save_examples(encoded.examples, config.layout.examples)
     atomic_write(config.layout.config, config_to_yaml(resolved_config(config)).encode())
     return store.pending(), num_appended
+
+
+def _curvature(config: RunConfig, extractor: Extractor, encoded: Sequence[Encoded], ranks: Ranks) -> bytes | None:
+    """Fit what whitens the features of a new store, on the first rank, or on all where they share the weights.
+
+    Returns:
+        The file to save, on who fitted; None without a preconditioner, or where a store is there that has its own.
+    """
+    is_new = config.features.preconditioner != "none" and not ranks.on_main(lambda: exists(config.layout.features))
+
+    def fitted() -> bytes | None:
+        return fit_curvature(config, extractor, encoded) if is_new and (ranks.is_main or ranks.sharding) else None
+
+    return ranks.in_passes(fitted)
 
 
 def _plan(config: RunConfig, extractor: Extractor, encoded: Sequence[Encoded], ranks: Ranks) -> SketchPlan:
@@ -199,7 +229,9 @@ def _plan(config: RunConfig, extractor: Extractor, encoded: Sequence[Encoded], r
     return SketchPlan.from_json(plan)
 
 
-def _manifest(config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan: SketchPlan) -> Manifest:
+def _manifest(
+    config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan: SketchPlan, curvature: bytes | None
+) -> Manifest:
     data = content_fingerprint(encoded.examples, encoded.encoded)
     return Manifest(
         kind="features",
@@ -213,6 +245,7 @@ def _manifest(config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan
         info={
             "sketch_plan": plan.to_json(),
             "sketch_rows": len(encoded.encoded),
+            **({} if curvature is None else {CURVATURE: curvature_digest(curvature)}),
             "label_ids": list(extractor.label_ids),
             "num_truncated": encoded.num_truncated,
             "num_skipped": encoded.num_skipped,

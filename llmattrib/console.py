@@ -314,7 +314,8 @@ def print_plan(plan: "Plan") -> None:
         "memory": f"one GPU {_bytes(memory.gpu)}; each of {plan.num_gpus} with ZeRO-3 {_bytes(memory.gpu_zero3)}; "
         f"CPU process {_bytes(memory.cpu)}",
         "of it": f"largest batch ({batch}) {_bytes(memory.batch)}, LoRA {_bytes(memory.lora)}, "
-        f"sketch tables {_bytes(memory.sketch)}",
+        f"sketch tables {_bytes(memory.sketch)}"
+        + (f", curvature {_bytes(memory.curvature)}" if memory.curvature else ""),
     }
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")

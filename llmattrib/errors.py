@@ -14,6 +14,7 @@
     │   └── TokenizerMismatchError  tokenizer and model disagree
     ├── FeatureError
     │   ├── SketchError             a sketch that does not fit the model or the memory
+    │   ├── CurvatureError          a curvature that does not fit the memory, or is not the one of the features
     │   ├── NonFiniteGradientError  NaN or inf in the gradient of a named example
     │   └── DeviceMemoryError       the accelerator, or the machine, ran out of memory
     ├── StoreError
@@ -112,6 +113,10 @@ class FeatureError(LlmattribError):
 
 class SketchError(FeatureError):
     """The sketch does not fit the model or the memory."""
+
+
+class CurvatureError(FeatureError):
+    """The curvature does not fit the memory, or the file is not the one that the features were whitened with."""
 
 
 class NonFiniteGradientError(FeatureError):

@@ -80,7 +80,12 @@ def encode_examples(config: RunConfig, extractor: Extractor, examples: Sequence[
 
 def calibration_batches(config: RunConfig, encoded: Sequence[Encoded]) -> list[list[Encoded]]:
     """Return evenly spaced examples, as batches, for planning a sketch."""
-    count = min(config.features.sketch.calibration_examples, len(encoded))
+    return spaced_batches(config, encoded, config.features.sketch.calibration_examples)
+
+
+def spaced_batches(config: RunConfig, encoded: Sequence[Encoded], count: int) -> list[list[Encoded]]:
+    """Return `count` evenly spaced examples, all when there are fewer, as batches."""
+    count = min(count, len(encoded))
     sample = [encoded[int(row)] for row in np.linspace(0, len(encoded) - 1, count).round()]
     return [
         [sample[row] for row in batch]
@@ -104,12 +109,17 @@ def settings_fingerprint(config: RunConfig) -> dict[str, Any]:
         sketch["dim"] = features.sketch.dim
     if features.sketch.kind == "oporp":
         sketch["calibration_examples"] = features.sketch.calibration_examples
+    preconditioner: dict[str, Any] = {}
+    if features.preconditioner != "none":
+        names = ("preconditioner", "damping", "curvature_examples", "max_eigen_side")
+        preconditioner = {name: getattr(features, name) for name in names}
     return {
         "features": {
             "output": features.output,
             "linearisation": features.linearisation,
             "num_inits": features.num_inits if at_init else None,
             "sketch": sketch,
+            **preconditioner,
         },
         "encoding": {
             "chat_template": data.chat_template,

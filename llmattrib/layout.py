@@ -34,6 +34,11 @@ class RunLayout:
         return self.path("features.zarr")
 
     @property
+    def curvature(self) -> str:
+        """The curvature that features are whitened with."""
+        return self.path("curvature.safetensors")
+
+    @property
     def validation(self) -> str:
         """The features of the validation set of `values`."""
         return self.path("validation.zarr")

@@ -32,6 +32,7 @@ from llmattrib.hits import Hit, Hits, Query
 from llmattrib.index import VectorIndex, open_index
 from llmattrib.manifest import differing
 from llmattrib.methods import canonical
+from llmattrib.preconditioner import load_curvature
 from llmattrib.progress import Progress, silent
 from llmattrib.reader import FeatureReader
 from llmattrib.rerank import ExactScorer, check_rerank
@@ -146,12 +147,14 @@ class Run:
 
         Raises:
             FingerprintMismatchError: it is not the model, adapter, output or seed that the stored features are of.
+            CurvatureError: the file is not the one that they were whitened with.
         """
         extractor = load_extractor(self.config)
         stored = {key: value for key, value in self._features.manifest.fingerprint.items() if key != "data"}
         keys = differing(stored, model_fingerprint(self.config, extractor))
         if keys:
             raise FingerprintMismatchError(self.config.layout.features, keys)
+        load_curvature(self.config, extractor, self._features.manifest.info)
         return extractor
 
     @cached_property

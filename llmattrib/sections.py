@@ -149,11 +149,20 @@ class FeaturesConfig(Section):
 
     `init` is the base model with fresh LoRA matrices (B = 0); `num_inits` of them are averaged at no extra pass.
     `trained` is the adapter or adapters as trained.
+
+    `preconditioner` `ekfac` whitens gradients before the sketch, by the EK-FAC curvature (H + lam)^-1/2 of each LoRA
+    factor, so that inner products of features, `grad_dot`, are EK-FAC influence. lam is `damping` times the factor's
+    mean eigenvalue. H is fitted on `curvature_examples` of the training examples, evenly spaced, all when there are
+    fewer. Sides of a factor longer than `max_eigen_side` keep their coordinates instead of an eigenbasis.
     """
 
     output: OutputFunction = "loss"
     linearisation: Literal["init", "trained"] = "init"
     num_inits: PositiveInt = 1
+    preconditioner: Literal["none", "ekfac"] = "none"
+    damping: float = Field(0.1, gt=0)
+    curvature_examples: PositiveInt = 2048
+    max_eigen_side: PositiveInt = 4096
     sketch: SketchConfig = SketchConfig()
     dtype: Literal["float16", "float32"] = "float16"
     tokens_per_batch: PositiveInt = 2048

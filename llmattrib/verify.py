@@ -2,6 +2,7 @@
 
     features, validation features, representers    every shard: crc32c, checksum, finite numbers; vectors; fingerprints
     values/subsets.zarr, retraining/*.zarr         every shard of the tables
+    curvature.safetensors                          the digest that the features carry
     examples.parquet, values/<method>.*            number of rows, fingerprints
     index/<method>.*                               checksums, and the vectors against the representers
     everything                                     temporary files and locks that killed processes left
@@ -38,6 +39,7 @@ from llmattrib.extraction import settings_fingerprint
 from llmattrib.index import verify_index
 from llmattrib.lock import holder, lock_path, locked, parts
 from llmattrib.manifest import differing
+from llmattrib.preconditioner import wrong_curvature
 from llmattrib.store import RowStore
 from llmattrib.table import TableStore
 from llmattrib.values.stage import TABLE_METHODS
@@ -166,6 +168,7 @@ class _Checks:
         yield from found
         if features is not None:
             yield from self.settings(features)
+            yield from self.curvature(features)
             yield from self.examples(features)
             yield from self.validation(features, is_sound)
         digest = features.digest() if features is not None and is_sound else None
@@ -230,6 +233,13 @@ class _Checks:
             rows = "; ".join(f"{key}: stored {old!r}, now {new!r}" for key, (old, new) in keys.items())
             again = f"restore these settings, or: rm -r {shlex.quote(features.path)} && {self.command('build')}"
             yield Finding(self.short(features.path), f"was made with other settings ({rows})", again)
+
+    def curvature(self, features: RowStore) -> Iterator[Finding]:
+        """The file that the features were whitened with."""
+        wrong = wrong_curvature(self.layout.curvature, features.manifest.info)
+        if wrong:
+            again = f"restore it, or: rm -r {shlex.quote(features.path)} && {self.command('build')}"
+            yield Finding(self.short(self.layout.curvature), wrong, again)
 
     def examples(self, features: RowStore) -> Iterator[Finding]:
         """The texts against the features."""

@@ -2,8 +2,8 @@ import numpy as np
 import oracles
 import pytest
 
+from llmattrib import memory
 from llmattrib.errors import MethodError
-from llmattrib.games import memory
 from llmattrib.games.kernel import (
     KernelGame,
     array_blocks,
@@ -12,7 +12,7 @@ from llmattrib.games.kernel import (
     mean_square,
     row_space,
 )
-from llmattrib.games.memory import available_memory, require_memory
+from llmattrib.memory import available_memory, require_memory
 
 SHAPES = [(7, 3), (7, 7), (6, 20)]  # more, as many and fewer players than dimensions
 

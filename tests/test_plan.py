@@ -20,7 +20,7 @@ from llmattrib.config import RunConfig, load_config, validate_config
 from llmattrib.data import load_examples
 from llmattrib.encoding import length_batches
 from llmattrib.errors import ConfigError, ModelNotFoundError
-from llmattrib.extraction import encode_examples, load_extractor
+from llmattrib.extraction import calibration_batches, encode_examples, load_extractor
 from llmattrib.features.extract import COLUMNS
 from llmattrib.features.sketch import Sketch
 from llmattrib.index import build_index
@@ -30,6 +30,7 @@ from llmattrib.plan.run import HEAP_FACTOR, PEAK_FLOPS, plan_run
 from llmattrib.plan.shape import BatchShape, batch_peak, empty_model
 from llmattrib.reduce import reduce_run
 from llmattrib.rng import stream
+from llmattrib.sections import FeaturesConfig
 from llmattrib.store import RowStore
 from tests.tiny import FAMILIES, tiny_adapter_dir, tiny_run
 
@@ -97,6 +98,31 @@ def test_flops_are_those_that_torch_counts(tmp_path: Path, family: str, linearis
     # The inputs of the lowest layers get no gradient; the plan counts whole blocks, and there are two here.
     assert planned == pytest.approx(counter.get_total_flops(), rel=0.1)
     assert planned >= counter.get_total_flops()
+
+
+def test_whitening_and_the_fit_of_a_curvature_are_counted(tmp_path: Path) -> None:
+    features = {"preconditioner": "ekfac", "max_eigen_side": 64, "sketch": {"kind": "none"}}
+    config = tiny_run(tmp_path, model={"attn_implementation": "eager"}, features=features)
+    plan, plain = plan_run(config), plan_run(tiny_run(tmp_path))
+    extractor = load_extractor(config)
+    encoded = encode_examples(config, extractor, load_examples(config.data)).encoded
+    assert len(encoded) <= config.features.sketch.calibration_examples
+    assert list(plan.shape.shapes) == list(extractor.shapes)
+    assert plan.memory.gpu - plain.memory.gpu >= plan.memory.curvature > 0 == plain.memory.curvature
+    with FlopCounterMode(display=False) as fit:
+        extractor.fit_curvature(calibration_batches(config, encoded))
+    assert plan.flops["curvature"] == pytest.approx(fit.get_total_flops(), rel=0.15)
+    sketch, whitening = Sketch(extractor.plan("none", 0, 1, [])), []
+    for curvature in (extractor.whitening, None):
+        extractor.whitening, extractor._config = curvature, features_of(config, curvature is not None)
+        with FlopCounterMode(display=False) as counter:
+            extractor.extract(encoded, sketch)
+        whitening.append(counter.get_total_flops())
+    assert plan.flops["whitening"] == whitening[0] - whitening[1]
+
+
+def features_of(config: RunConfig, is_whitened: bool) -> FeaturesConfig:
+    return config.features if is_whitened else config.features.model_copy(update={"preconditioner": "none"})
 
 
 def test_a_backward_that_stops_higher_costs_less(tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def test_representers_that_cannot_be_computed_leave_those_that_are_there(tmp_pat
     write_features(config, draw(20, 5))
     reduce_run(config)
     before = files_of(config.layout.representers("shapley"))
-    monkeypatch.setattr("llmattrib.games.memory.available_memory", lambda: 10)
+    monkeypatch.setattr("llmattrib.memory.available_memory", lambda: 10)
     with pytest.raises(MethodError, match=r"needs .* GiB of memory"):
         reduce_run(make_run(tmp_path, methods=["shapley"], ridge=0.5))
     assert files_of(config.layout.representers("shapley")) == before

@@ -10,7 +10,6 @@ from llmattrib.errors import FingerprintMismatchError, MethodError, StoreNotFoun
 from llmattrib.games import kernel_subsets
 from llmattrib.games.kernel import KernelGame
 from llmattrib.games.kernel_subsets import KernelUtility
-from llmattrib.games.memory import require_memory
 from llmattrib.games.subset_table import (
     ATTRIBUTION,
     BANZHAF,
@@ -23,6 +22,7 @@ from llmattrib.games.subset_table import (
     size_chances,
     unpack,
 )
+from llmattrib.memory import require_memory
 
 DESIGNS = [ATTRIBUTION, SHAPLEY, BANZHAF, SIZES]
 

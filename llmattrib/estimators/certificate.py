@@ -25,7 +25,7 @@ from llmattrib.estimators.mean_field import MeanFieldResult
 from llmattrib.estimators.moments import Moments
 from llmattrib.estimators.subset import Subset
 from llmattrib.games.kernel import KernelGame
-from llmattrib.games.memory import require_memory
+from llmattrib.memory import require_memory
 from llmattrib.rng import stream
 
 MIN_DRAWS = 8

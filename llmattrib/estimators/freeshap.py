@@ -34,7 +34,7 @@ from jaxtyping import Float, Int
 from llmattrib.errors import MethodError
 from llmattrib.estimators.moments import Moments
 from llmattrib.estimators.permutation import UtilityResult, UtilitySamples, truncate
-from llmattrib.games.memory import require_memory
+from llmattrib.memory import require_memory
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
 

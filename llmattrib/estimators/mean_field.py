@@ -44,7 +44,7 @@ from llmattrib.estimators.q_profile import QProfile
 from llmattrib.estimators.quadrature import SHAPLEY, SHIFT_FACTOR, NestedRule, Semivalue
 from llmattrib.estimators.response import Direct, Iterative, response_bytes
 from llmattrib.games.kernel import KernelGame
-from llmattrib.games.memory import require_memory
+from llmattrib.memory import require_memory
 from llmattrib.progress import Progress, silent
 
 Form = Literal["pairs", "total_gradient", "cavity"]

@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from llmattrib.errors import MethodError
 from llmattrib.estimators.moments import Moments
 from llmattrib.games.kernel import KernelGame
-from llmattrib.games.memory import require_memory
+from llmattrib.memory import require_memory
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
 

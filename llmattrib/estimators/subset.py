@@ -28,7 +28,7 @@ from scipy.stats import beta as beta_distribution
 from llmattrib.estimators.moments import Moments
 from llmattrib.estimators.quadrature import SHAPLEY, Semivalue
 from llmattrib.games.kernel import KernelGame
-from llmattrib.games.memory import require_memory
+from llmattrib.memory import require_memory
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
 

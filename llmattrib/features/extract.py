@@ -6,7 +6,9 @@ number of fresh A matrices can share one forward and backward: their features ar
 adapter is one pass, and their blocks concatenate. Blocks of k inits or adapters are divided by sqrt(k), so kernels
 average.
 
-Examples never mix: a row depends on its own tokens only, up to float32 rounding of batched kernels.
+With `features.preconditioner` rows are whitened by the curvature of training examples before they are sketched
+(curvature.py). Otherwise examples never mix: a row depends on its own tokens only, up to float32 rounding of batched
+kernels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmattrib.encoding import Batch, Encoded, Side, collate
-from llmattrib.features.capture import Tap, capture
+from llmattrib.features.capture import Tap, capture_pairs, gradients
+from llmattrib.features.curvature import Curvature, CurvatureFit, Shape, Whitening
 from llmattrib.features.outputs import OutputValues, Reading, evaluate_output
 from llmattrib.features.sketch import Block, Sketch, SketchKind, SketchPlan, make_plan
 from llmattrib.forward import completion_logits, loss_scale
@@ -35,7 +38,8 @@ class FeatureBatch:
 
     Attributes:
         phi: [b, c, p] float32 sketched gradients; c = 1 except for output `logits`.
-        columns: [b] float32 each: `norm` (exact gradient norm, before the sketch), `loss` (nats), `log_odds`, `label`.
+        columns: [b] float32 each: `norm` (of the gradient, whitened if it is, before the sketch), `loss` (nats),
+            `log_odds`, `label`.
     """
 
     phi: Float[np.ndarray, "b c p"]
@@ -49,6 +53,8 @@ class FeatureBatch:
 
 _OutputConsumer = Callable[[int, int, Float[Tensor, "b size"]], None]
 """Takes an output number, a block number and the gradients of that output with respect to that block."""
+_OutputPairs = Callable[[int, int, Float[Tensor, "b t m"], Float[Tensor, "b t k"]], None]
+"""The same, of the two sides whose sum of outer products the gradients are."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,9 @@ class Extractor:
 
     Attributes:
         blocks: of parameters, in the order of the sketch.
+        shapes: of the blocks' gradients, rows and columns.
         num_batches: extracted so far.
+        whitening: set by `fit_curvature` and `whiten`; None without a preconditioner.
 
     Args:
         loaded: the model with its adapters, frozen. If ranks share its weights, all of them make an extractor, and run
@@ -79,7 +87,10 @@ class Extractor:
         self.output = config.output
         self.label_ids = tuple(label_ids)
         self.blocks: tuple[Block, ...] = ()
+        self.shapes: tuple[Shape, ...] = ()
         self.num_batches = 0
+        self.whitening: Whitening | None = None
+        self._config = config
         self._loss_scale = loss_scale(loaded)
         self._points: list[_Point] = []
         if config.linearisation == "init":
@@ -109,6 +120,37 @@ class Extractor:
             norms = sum((self._block_norms(batch) for batch in sample), np.zeros(len(self.blocks)))
         return make_plan(kind, seed, dim, self.blocks, norms.tolist())
 
+    def fit_curvature(self, sample: Sequence[Sequence[Encoded]]) -> Curvature:
+        """Fit the EK-FAC curvature in two passes over `sample`, and whiten what is extracted from now on.
+
+        Args:
+            sample: batches of training examples.
+
+        Raises:
+            FeatureError: a layer is used several times in a forward.
+        """
+        fit = CurvatureFit(self.shapes, self._config.max_eigen_side, self.loaded.device)
+        for examples in sample:
+            batch = self._collated(examples)
+
+            def add(
+                _: int, block: int, left: Tensor, right: Tensor, is_token: Tensor = batch.attention_mask > 0
+            ) -> None:
+                fit.add_pair(block, left, right, is_token)
+
+            self._differentiate(batch, add)
+        fit.find_bases()
+        for examples in sample:
+            batch = self._collated(examples)
+            self._differentiate(batch, lambda _, block, *pair: fit.add_gradients(block, gradients(*pair)))
+        curvature = fit.curvature(self.num_outputs * sum(map(len, sample)))
+        self.whiten(curvature)
+        return curvature
+
+    def whiten(self, curvature: Curvature) -> None:
+        """Whiten what is extracted from now on."""
+        self.whitening = Whitening(curvature, self._config.damping, self.loaded.device, len(self._points))
+
     def extract(self, examples: Sequence[Encoded], sketch: Sketch, padding_side: Side = "right") -> FeatureBatch:
         """Compute the features of one batch.
 
@@ -128,7 +170,7 @@ class Extractor:
             sketch.add(phi[:, output], block, gradient)
             squared[:, output] += gradient.square().sum(1)
 
-        values = self._differentiate(examples, consume, padding_side)
+        values = self._gradients(examples, consume, padding_side)
         self.num_batches += 1
         num_points = len(values)
         columns = {
@@ -146,21 +188,34 @@ class Extractor:
         def consume(output: int, block: int, gradient: Tensor) -> None:
             norms[block] += float(gradient.square().sum())
 
-        self._differentiate(examples, consume, "right")
+        self._gradients(examples, consume, "right")
         return norms
 
-    def _differentiate(self, examples: Sequence[Encoded], consume: _OutputConsumer, side: Side) -> list[OutputValues]:
-        """Run forward and backward at every linearisation point."""
-        batch = collate(examples, self.loaded.pad_id, side).to(self.loaded.device)
-        return [self._pass(point, batch, consume) for point in self._points]
+    def _gradients(self, examples: Sequence[Encoded], consume: _OutputConsumer, side: Side) -> list[OutputValues]:
+        """Run forward and backward at every linearisation point; whiten the gradients."""
+        whitening = self.whitening
+        assert (whitening is None) == (self._config.preconditioner == "none"), "fit or load the curvature first"
 
-    def _pass(self, point: _Point, batch: Batch, consume: _OutputConsumer) -> OutputValues:
+        def form(output: int, block: int, left: Tensor, right: Tensor) -> None:
+            gradient = gradients(left, right)
+            consume(output, block, gradient if whitening is None else whitening(block, gradient))
+
+        return self._differentiate(self._collated(examples, side), form)
+
+    def _collated(self, examples: Sequence[Encoded], side: Side = "right") -> Batch:
+        return collate(examples, self.loaded.pad_id, side).to(self.loaded.device)
+
+    def _differentiate(self, batch: Batch, see: _OutputPairs) -> list[OutputValues]:
+        """Run forward and backward at every linearisation point."""
+        return [self._pass(point, batch, see) for point in self._points]
+
+    def _pass(self, point: _Point, batch: Batch, see: _OutputPairs) -> OutputValues:
         output, last, sharding = 0, self.num_outputs - 1, self.loaded.sharding
 
-        def route(block: int, gradient: Tensor) -> None:
-            consume(output, block, gradient)
+        def route(block: int, left: Tensor, right: Tensor) -> None:
+            see(output, block, left, right)
 
-        with self._at(point), capture(point.taps, route), torch.enable_grad():
+        with self._at(point), capture_pairs(point.taps, route), torch.enable_grad():
             for output in range(last + 1):  # `route` reads it
                 if output == 0 or sharding:  # partitioned weights serve one backward of a forward
                     logits, example, target = completion_logits(self.loaded.model, batch)
@@ -181,8 +236,9 @@ class Extractor:
             self.loaded.use(point.adapter)
             yield
 
-    def _add_block(self, name: str, role: str, size: int) -> int:
-        self.blocks += (Block(name, role, size),)
+    def _add_block(self, name: str, role: str, rows: int, columns: int) -> int:
+        self.blocks += (Block(name, role, rows * columns),)
+        self.shapes += ((rows, columns),)
         return len(self.blocks) - 1
 
     def _init_taps(self, seed: int, num_inits: int) -> tuple[Tap, ...]:
@@ -192,7 +248,7 @@ class Extractor:
             rank = shape_a.shape[0]
             fresh = torch.cat([lora_a_init(seed, layer, rank, init) for init in range(num_inits)])
             fresh = (fresh / num_inits**0.5).to(self.loaded.device)
-            block = self._add_block(layer.name, "B", layer.d_out * rank * num_inits)
+            block = self._add_block(layer.name, "B", layer.d_out, rank * num_inits)
             taps.append(Tap(layer.name, layer.module, fresh, None, scaling / self._loss_scale, None, block))
         return tuple(taps)
 
@@ -203,7 +259,7 @@ class Extractor:
 
     def _trained_tap(self, layer: LoraLayer, adapter: str, prefix: str, num_adapters: int) -> Tap:
         a, b, scaling = layer.factors(adapter)
-        block_a = self._add_block(prefix + layer.name, "A", a.numel())
-        block_b = self._add_block(prefix + layer.name, "B", b.numel())
+        block_a = self._add_block(prefix + layer.name, "A", *a.shape)
+        block_b = self._add_block(prefix + layer.name, "B", *b.shape)
         scaling /= num_adapters**0.5 * self._loss_scale
         return Tap(layer.name, layer.module, a.detach(), b.detach(), scaling, block_a, block_b)

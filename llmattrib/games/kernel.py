@@ -20,7 +20,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Bool, Float
 
-from llmattrib.games.memory import require_memory
+from llmattrib.memory import require_memory
 
 Blocks = Callable[[], Iterator[tuple[int, Float[np.ndarray, "m p"]]]]
 """Called for a fresh pass over (first row, rows)."""

@@ -18,7 +18,7 @@ import scipy.linalg
 from jaxtyping import Bool, Float
 
 from llmattrib.games.kernel import KernelGame
-from llmattrib.games.memory import require_memory
+from llmattrib.memory import require_memory
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from llmattrib.config import RunConfig
 from llmattrib.estimators.mean_field import LARGE, MeanField
+from llmattrib.features.curvature import fit_bytes
 from llmattrib.index import MAX_POINTS_PER_CENTROID, PQ_BITS, SAMPLE_ROWS
 from llmattrib.manifest import Manifest
 from llmattrib.plan.shape import ModelShape
@@ -71,8 +72,11 @@ def build_flops(shape: ModelShape, config: RunConfig, tokens: Tokens, num_adapte
         lora        init:     2 j T (sum r d_in + c sum r d_out) for j draws
                     trained:  T (4 sum r d_in + 2 sum r d_out) + c T (4 sum r d_in + 6 sum r d_out)
         sketch      c n P (4, dense 2 p + 2) for gradients of P entries
+        whitening   c n sum 2 m k (m + k) over factors of m x k, sides with an eigenbasis only
+        curvature   two of these passes over part of the examples, whitening, and 2 c T sum (m^2 + k^2)
 
-    No gradient of a base weight is formed, so the backward costs one product a layer, not two.
+    The last two with `features.preconditioner` only. No gradient of a base weight is formed, so the backward costs one
+    product a layer, not two.
     """
     c, at_init = num_outputs(config), config.features.linearisation == "init"
     passes = 1 if at_init else num_adapters
@@ -88,7 +92,26 @@ def build_flops(shape: ModelShape, config: RunConfig, tokens: Tokens, num_adapte
         lora += c * tokens.padded * (4 * shape.lora_in + 6 * shape.lora_out)
     entry = 2 * feature_dim(shape, config) + 2 if config.features.sketch.kind == "rademacher" else 4
     sketch = c * tokens.num_examples * shape.gradient_dim * entry
-    return {"forward": passes * forward, "backward": passes * c * backward, "lora": passes * lora, "sketch": sketch}
+    parts = {"forward": passes * forward, "backward": passes * c * backward, "lora": passes * lora}
+    whitened = {} if config.features.preconditioner == "none" else _whitening_flops(shape, config, tokens, parts)
+    return {**parts, "sketch": sketch, **whitened}
+
+
+def _whitening_flops(shape: ModelShape, config: RunConfig, tokens: Tokens, parts: dict[str, int]) -> dict[str, int]:
+    """Return the FLOPs of whitening all examples, and of fitting the curvature in two passes of `parts`."""
+    c, limit = num_outputs(config), config.features.max_eigen_side
+    sides = [[side for side in factor if side <= limit] for factor in shape.shapes]
+    rotation = sum(2 * m * k * sum(kept) for (m, k), kept in zip(shape.shapes, sides, strict=True))
+    moments = 2 * sum(side * side for kept in sides for side in kept)
+    fitted = min(config.features.curvature_examples, tokens.num_examples)
+    whitening = c * tokens.num_examples * rotation
+    fit = 2 * sum(parts.values()) + whitening + c * tokens.num_tokens * moments
+    return {"whitening": whitening, "curvature": fit * fitted // tokens.num_examples}
+
+
+def curvature_bytes(shape: ModelShape, config: RunConfig) -> int:
+    """Return the bytes on the device while the curvature is fitted, more than what whitening takes later."""
+    return 0 if config.features.preconditioner == "none" else fit_bytes(shape.shapes, config.features.max_eigen_side)
 
 
 def train_flops(shape: ModelShape, config: RunConfig, tokens: Tokens) -> int:

@@ -37,6 +37,7 @@ class Memory:
         weights: base weights, whole.
         lora: float32 factors, and the fresh A of `init`.
         sketch: tables of the sketch.
+        curvature: of a preconditioner, while it is fitted.
         batch: activations, logits and gradients of the largest batch, those alive at once.
         shard: rows of a shard and their stored copy, on the host.
         gpu: a GPU that holds the whole model.
@@ -47,6 +48,7 @@ class Memory:
     weights: int
     lora: int
     sketch: int
+    curvature: int
     batch: int
     shard: int
     gpu: int
@@ -265,18 +267,20 @@ def _memory(config: RunConfig, empty: EmptyModel, peak: int, dim: int, num_adapt
     lora = factors + (4 * config.features.num_inits * shape.lora_in if at_init else 0)
     sketch = cost.sketch_table_bytes(shape, config)
     shard = cost.shard_bytes(config, dim)
-    beside = lora + sketch + peak
+    curvature = cost.curvature_bytes(shape, config)
+    beside = lora + sketch + curvature + peak
     gathered = GATHERED_UNITS * shape.gathered_bytes
     shared = min(shape.weight_bytes, -(-shape.weight_bytes // config.plan.num_gpus) + gathered)
     return Memory(
         weights=shape.weight_bytes,
         lora=lora,
         sketch=sketch,
+        curvature=curvature,
         batch=peak,
         shard=shard,
         gpu=shape.weight_bytes + beside,
         gpu_zero3=shared + beside,
-        cpu=shape.weight_bytes + lora + sketch + shard + round(HEAP_FACTOR * peak),
+        cpu=shape.weight_bytes + lora + sketch + curvature + shard + round(HEAP_FACTOR * peak),
     )
 
 

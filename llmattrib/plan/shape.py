@@ -26,6 +26,7 @@ from llmattrib.adapters import linear_modules
 from llmattrib.config import RunConfig
 from llmattrib.errors import ModelNotFoundError, first_line
 from llmattrib.features.capture import Tap, capture
+from llmattrib.features.curvature import Shape
 from llmattrib.features.outputs import Reading, evaluate_output
 from llmattrib.features.sketch import Block
 from llmattrib.model import LoraLayer, empty_adapter
@@ -52,6 +53,7 @@ class ModelShape:
         lora_in: sum of r * d_in over LoRA layers, the entries of all A.
         lora_out: sum of r * d_out, the entries of all B.
         blocks: the gradient's blocks, as `build` sees them.
+        shapes: rows and columns of each.
     """
 
     architecture: str
@@ -69,6 +71,7 @@ class ModelShape:
     lora_in: int
     lora_out: int
     blocks: tuple[Block, ...]
+    shapes: tuple[Shape, ...]
 
     @property
     def gradient_dim(self) -> int:
@@ -126,7 +129,7 @@ def empty_model(config: RunConfig, adapter: Path | None = None, num_adapters: in
         (name, sum(p.numel() for p in module.parameters() if p.dim() == 2)) for name, module in linear_modules(base)
     ]
     model, layers = empty_adapter(base, settings.lora, adapter)
-    taps, blocks = _taps(layers, config, num_adapters)
+    taps, blocks, shapes = _taps(layers, config, num_adapters)
     lowest = min(_block_number(layer.name) for layer in layers)
     backward = sum(size for name, size in linear if _block_number(name) >= lowest)
     text = architecture.get_text_config()
@@ -146,6 +149,7 @@ def empty_model(config: RunConfig, adapter: Path | None = None, num_adapters: in
         lora_in=sum(a.numel() for a, _ in factors),
         lora_out=sum(b.numel() for _, b in factors),
         blocks=blocks,
+        shapes=shapes,
     )
     return EmptyModel(model, taps, shape)
 
@@ -172,21 +176,28 @@ def _block_number(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _taps(layers: list[LoraLayer], config: RunConfig, num_adapters: int) -> tuple[tuple[Tap, ...], tuple[Block, ...]]:
-    """Return the taps of one pass, and the blocks of all, in the order of `build`."""
+def _taps(
+    layers: list[LoraLayer], config: RunConfig, num_adapters: int
+) -> tuple[tuple[Tap, ...], tuple[Block, ...], tuple[Shape, ...]]:
+    """Return the taps of one pass, and the blocks of all with their shapes, in the order of `build`."""
     taps: list[Tap] = []
     blocks: list[Block] = []
+    shapes: list[Shape] = []
     num_inits = config.features.num_inits
+    at_init = config.features.linearisation == "init"
     for layer in layers:
         a, b, scaling = layer.factors("default")
-        if config.features.linearisation == "init":
+        if at_init:
             fresh = a.new_empty(a.shape[0] * num_inits, a.shape[1])
             taps.append(Tap(layer.name, layer.module, fresh, None, scaling, None, len(blocks)))
             blocks.append(Block(layer.name, "B", b.numel() * num_inits))
+            shapes.append((b.shape[0], b.shape[1] * num_inits))
         else:
             taps.append(Tap(layer.name, layer.module, a, b, scaling, len(blocks), len(blocks) + 1))
             blocks += [Block(layer.name, "A", a.numel()), Block(layer.name, "B", b.numel())]
-    return tuple(taps), tuple(blocks) * (num_adapters if config.features.linearisation == "trained" else 1)
+            shapes += [(a.shape[0], a.shape[1]), (b.shape[0], b.shape[1])]
+    times = 1 if at_init else num_adapters
+    return tuple(taps), tuple(blocks) * times, tuple(shapes) * times
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from llmattrib.errors import MethodError
 from llmattrib.games.kernel import FeatureRows
-from llmattrib.games.memory import require_memory
+from llmattrib.memory import require_memory
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from llmattrib.estimators.permutation import Permutation, UtilityResult
 from llmattrib.estimators.quadrature import SHAPLEY as SHAPLEY_VALUE
 from llmattrib.estimators.quadrature import Semivalue
 from llmattrib.estimators.subset import Subset
-from llmattrib.games.memory import require_memory
 from llmattrib.games.subset_table import ATTRIBUTION, BANZHAF, SHAPLEY, SIZES, Design, SubsetRows, SubsetTable
 from llmattrib.index import nearest_rows
+from llmattrib.memory import require_memory
 from llmattrib.methods import MethodName
 from llmattrib.progress import Progress
 from llmattrib.query import current_representers

@@ -20,6 +20,7 @@ from llmattrib.errors import FingerprintMismatchError, StoreNotFoundError
 from llmattrib.extraction import encode_examples, extract_rows, settings_fingerprint
 from llmattrib.features.extract import COLUMNS
 from llmattrib.manifest import differing
+from llmattrib.preconditioner import CURVATURE
 from llmattrib.progress import Progress, silent
 from llmattrib.query import Run
 from llmattrib.store import Manifest, RowStore
@@ -93,7 +94,8 @@ def load_validation(run: Run, progress: Progress = silent) -> Validation:
 def features_fingerprint(features: RowStore) -> dict[str, object]:
     """Return what validation features depend on besides their examples: all that training features do."""
     stored = {key: value for key, value in features.manifest.fingerprint.items() if key != "data"}
-    return {**stored, "sketch_plan": digest(features.manifest.info["sketch_plan"])}
+    whitened = {CURVATURE: features.manifest.info[CURVATURE]} if CURVATURE in features.manifest.info else {}
+    return {**stored, "sketch_plan": digest(features.manifest.info["sketch_plan"]), **whitened}
 
 
 def _stored(path: str) -> RowStore | None:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from llmattrib.errors import MethodError
+from llmattrib.errors import LlmattribError, MethodError
 
 
 def available_memory() -> int:
@@ -23,7 +23,9 @@ def available_memory() -> int:
     return max(0, min(available, limit))
 
 
-def require_memory(num_bytes: int, what: str, fix: str, limit: int | None = None) -> None:
+def require_memory(
+    num_bytes: int, what: str, fix: str, limit: int | None = None, kind: type[LlmattribError] = MethodError
+) -> None:
     """Raise unless `num_bytes` fit.
 
     Args:
@@ -31,13 +33,14 @@ def require_memory(num_bytes: int, what: str, fix: str, limit: int | None = None
         what: what needs them, for the message.
         fix: what the user can do.
         limit: bytes allowed; what is available when None.
+        kind: of the error.
 
     Raises:
-        MethodError: they do not fit.
+        MethodError, or `kind`: they do not fit.
     """
     allowed = available_memory() if limit is None else limit
     if num_bytes > allowed:
-        raise MethodError(
+        raise kind(
             f"{what} needs {num_bytes / 2**30:.1f} GiB of memory",
             expected=f"at most {allowed / 2**30:.1f} GiB",
             fix=fix,
