@@ -83,7 +83,7 @@ def _load(target: str, overrides: list[str] | None) -> "RunConfig":
 
 @app.command(rich_help_panel="Stages")
 def train(config: Config, overrides: Overrides = None, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Fine-tune a LoRA adapter (skip this when you bring your own)."""
+    """Fine-tune a LoRA adapter, or several (skip this when you bring your own)."""
     from llmattrib import console
 
     with console.reporting(debug):
@@ -97,10 +97,11 @@ def _train(run: "RunConfig", quiet: bool) -> None:
 
     with console.bar("train, sequences", show=not quiet) as progress:
         result = train_adapter(run, progress)
+    others = f" and {len(result.paths) - 1} more" if len(result.paths) > 1 else ""
     losses = f"loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}"
     _say(
         quiet,
-        f"{_verb(result.reused)} {result.path}: {result.num_examples:,} examples"
+        f"{_verb(result.reused)} {result.path}{others}: {result.num_examples:,} examples"
         f"{_dropped(result.num_truncated, result.num_skipped)}, {result.num_steps:,} steps, {losses}, "
         f"{result.seconds:.1f} s",
     )

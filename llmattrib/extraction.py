@@ -25,32 +25,40 @@ from llmattrib.features.sketch import Sketch
 from llmattrib.model import load_model
 from llmattrib.progress import Progress, silent
 from llmattrib.storage import exists, local_path
+from llmattrib.train import adapter_paths
 
 
 def run_adapters(config: RunConfig) -> list[str]:
-    """Return the adapters of a run: those it names, else the one it trained, else none.
+    """Return the adapters of a run: those it names, else those it trained, else none.
+
+    Of several that it trained, features at `init` have no use but for the first, which answers.
 
     Raises:
-        ModelNotFoundError: features are asked for at the trained adapter and there is none; or it is not local.
+        ModelNotFoundError: features are asked for at trained adapters and one is missing; or they are not local.
     """
     if config.model.adapters:
         return list(config.model.adapters)
-    if exists(config.layout.adapter):
-        local = local_path(config.layout.adapter)
-        if local is None:
-            raise ModelNotFoundError(
-                f"the adapter of the run is at {config.layout.adapter}",
-                expected="an adapter in a local folder",
-                fix="copy it here and name the copy in model.adapters",
-            )
-        return [str(local)]
-    if config.features.linearisation == "trained":
+    is_trained = config.features.linearisation == "trained"
+    wanted = adapter_paths(config) if is_trained else [config.layout.adapter]
+    missing = [path for path in wanted if not exists(path)]
+    if missing and is_trained:
         raise ModelNotFoundError(
-            f"there is no adapter: model.adapters is empty and {config.layout.adapter} does not exist",
-            expected="an adapter for features.linearisation=trained",
+            f"there is no adapter: model.adapters is empty and {missing[0]} does not exist",
+            expected="an adapter for features.linearisation=trained"
+            if len(wanted) == 1
+            else f"the {len(wanted)} adapters of train.num_adapters and train.checkpoints",
             fix="run `llmattrib train` first, name your own in model.adapters, or set features.linearisation=init",
         )
-    return []
+    if missing:
+        return []
+    local = [local_path(path) for path in wanted]
+    if None in local:
+        raise ModelNotFoundError(
+            f"the adapter of the run is at {config.layout.adapter}",
+            expected="an adapter in a local folder",
+            fix="copy it here and name the copy in model.adapters",
+        )
+    return list(map(str, local))
 
 
 def load_extractor(config: RunConfig, sharding: Sharding | None = None) -> Extractor:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from scipy.special import expit
 
 from llmattrib.distributed import Ranks
+from llmattrib.errors import MethodError
 from llmattrib.games.kernel import LOO_GRID, FeatureRows, KernelGame
 from llmattrib.scorers.datainf import ColumnBlock
 from llmattrib.scorers.gradient import absolute_ridge, unit_rows
@@ -87,6 +88,26 @@ class FeatureReader:
         if plan["kind"] == "rademacher":
             return [ColumnBlock(self.manifest.dim, sum(sizes))]
         return [ColumnBlock(int(width), size) for width, size in zip(plan["widths"], sizes, strict=True)]
+
+    def members(self) -> list[tuple[ColumnBlock, ...]]:
+        """Return the column blocks of each adapter, in order.
+
+        Raises:
+            MethodError: members share columns, since several initialisations or a dense sketch mix them.
+        """
+        plan, num_inits = self.manifest.info["sketch_plan"], self.manifest.fingerprint["features"]["num_inits"] or 1
+        found: dict[str, list[ColumnBlock]] = {}
+        for block, columns in zip(plan["blocks"], self.column_blocks(), strict=False):
+            name, slash, _ = block["name"].partition("/")
+            found.setdefault(name if slash else "", []).append(columns)
+        if num_inits > 1 or plan["kind"] == "rademacher":
+            raise MethodError(
+                "reduce.ensemble=members, and the members share columns: "
+                + (f"{num_inits} initialisations" if num_inits > 1 else "a dense sketch"),
+                expected="features at several adapters, whose sketch is oporp or none",
+                fix="set reduce.ensemble=kernel",
+            )
+        return [tuple(blocks) for blocks in found.values()]
 
     @cached_property
     def log_odds(self) -> Float[np.ndarray, " n"]:

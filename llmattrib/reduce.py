@@ -34,9 +34,10 @@ from llmattrib.lock import locked
 from llmattrib.methods import MethodName
 from llmattrib.progress import Progress, silent
 from llmattrib.reader import FeatureReader, Representers, choose_ridge
-from llmattrib.scorers.datainf import DataInf
+from llmattrib.scorers.datainf import ColumnBlock, DataInf
 from llmattrib.scorers.gradient import GradCos, GradDot, Influence, Scorer, Trak
 from llmattrib.scorers.iterative import TOLERANCE, InfluenceCg, InfluenceLissa, LissaState
+from llmattrib.scorers.members import Members
 from llmattrib.scorers.spectral import Spectral
 from llmattrib.sections import Method
 from llmattrib.semivalues import play
@@ -221,15 +222,24 @@ def _stream(job: _Job, reader: FeatureReader, started: float, progress: Progress
     ridge, curve, notes = choose_ridge(settings, reader)
     if settings.method == "trak" and reader.output == "loss":
         notes.append("on features of loss, trak equals influence: the gradient already carries the factor 1 - p")
-    scorer = _scorer(settings, ridge, reader)
+    scorer: Scorer[Any]
+    if settings.ensemble is None:
+        scorer = _scorer(settings, ridge, reader, reader.column_blocks())
+    else:
+        members = reader.members()
+        widths = tuple(sum(block.width for block in blocks) for blocks in members)
+        scorer = Members(tuple(_scorer(settings, ridge, reader, blocks) for blocks in members), widths)
     state = scorer.init(reader.features(settings))
-    if isinstance(state, LissaState) and state.residual > TOLERANCE:
-        notes.append(f"LiSSA stops after {state.iterations} iterations with residuals of up to {state.residual:.2g}")
+    for own in state if isinstance(scorer, Members) else [state]:
+        if isinstance(own, LissaState) and own.residual > TOLERANCE:
+            notes.append(f"LiSSA stops after {own.iterations} iterations with residuals of up to {own.residual:.2g}")
     representers = _score(scorer, state, settings, reader, progress)
     return _write(job, reader, {"ridge": ridge, "loo_curve": curve, "notes": notes}, representers, started)
 
 
-def _scorer(settings: Settings, ridge: float | None, reader: FeatureReader) -> Scorer[Any]:
+def _scorer(
+    settings: Settings, ridge: float | None, reader: FeatureReader, blocks: Sequence[ColumnBlock]
+) -> Scorer[Any]:
     name = MethodName.parse(settings.method)
     if name.kind == "grad_dot":
         return GradDot()
@@ -241,7 +251,7 @@ def _scorer(settings: Settings, ridge: float | None, reader: FeatureReader) -> S
     if name.kind == "influence":
         return Influence(ridge)
     if name.kind == "datainf":
-        return DataInf(ridge, reader.column_blocks())
+        return DataInf(ridge, blocks)
     if name.kind == "trak":
         return Trak(ridge, weighted=reader.output != "loss")
     assert settings.iterations is not None

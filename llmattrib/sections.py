@@ -123,17 +123,29 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """LoRA fine-tuning: AdamW, linear warm-up and decay, loss on completion tokens only.
 
+    `num_adapters` are trained, with the seeds `seed`, `seed` + 1, ...; each is also kept after `checkpoints` - 1
+    earlier epochs, evenly spaced. Together they are what `features.linearisation=trained` takes; the first, at its last
+    epoch, gives the answers.
+
     `dtype` is of the frozen base weights; `auto` is bfloat16 on a GPU that computes in it and float32 elsewhere (a
     CPU without bfloat16 instructions is some fifteen times slower in it).
     """
 
     epochs: PositiveInt = 3
+    num_adapters: PositiveInt = 1
+    checkpoints: PositiveInt = 1
     learning_rate: float = Field(2e-4, gt=0)
     batch_size: PositiveInt = 8
     warmup_ratio: float = Field(0.05, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @model_validator(mode="after")
+    def _checkpoints_are_epochs(self) -> "TrainConfig":
+        if self.checkpoints > self.epochs:
+            raise ValueError(f"checkpoints={self.checkpoints} is more than epochs={self.epochs}")
+        return self
 
 
 class SketchConfig(Section):
@@ -186,6 +198,9 @@ class ReduceConfig(Section):
     times quicker, `cavity` needs no n x n system but misses the sum rule; `auto` is pairs up to 2,048 examples.
     `certificate_draws` random subsets (8 or more; 0 for none) measure the bias of the mean field.
     `iterations` is the most that influence_cg and influence_lissa take, each a pass over the features.
+    `ensemble` is of features at several adapters: `kernel` adds their inner products before a curvature is formed,
+    `members` gives each adapter a curvature of its own and takes the mean of their values. It is for the gradient
+    family; semivalues, grad_dot and grad_cos take the kernel.
     """
 
     methods: tuple[Method, ...] = METHODS
@@ -197,6 +212,7 @@ class ReduceConfig(Section):
     sum_rule_tolerance: float = Field(1e-3, gt=0)
     certificate_draws: int = Field(32, ge=0)
     iterations: PositiveInt = 200
+    ensemble: Literal["kernel", "members"] = "kernel"
     dtype: Literal["float16", "float32"] = "float32"
 
     @model_validator(mode="before")

@@ -31,6 +31,7 @@ class Settings:
     sum_rule_tolerance: float | None
     certificate_draws: int | None
     iterations: int | None
+    ensemble: Literal["members"] | None
 
     @classmethod
     def stored(cls, info: Mapping[str, Any]) -> "Settings":
@@ -84,7 +85,21 @@ def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool,
         sum_rule_tolerance=config.sum_rule_tolerance if is_semivalue else None,
         certificate_draws=config.certificate_draws if is_semivalue else None,
         iterations=config.iterations if kind in ("influence_cg", "influence_lissa") else None,
+        ensemble=_ensemble(config, kind, is_semivalue),
     )
+
+
+def _ensemble(config: ReduceConfig, kind: str, is_semivalue: bool) -> Literal["members"] | None:
+    """Return `members` where it makes a difference to a method."""
+    if config.ensemble == "kernel" or is_semivalue or kind in ("grad_dot", "grad_cos"):
+        return None
+    if config.normalize is True:
+        raise MethodError(
+            "reduce.ensemble=members and reduce.normalize=true: rows of all members together would be scaled",
+            expected="one of the two",
+            fix="set reduce.normalize=auto, or reduce.ensemble=kernel",
+        )
+    return "members"
 
 
 def _check_response(response: Response, output: str, has_labels: bool) -> None:

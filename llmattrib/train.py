@@ -3,8 +3,9 @@
 AdamW, linear warm-up and decay, gradient clipping; batches are drawn afresh each epoch from the run's streams,
 whatever their lengths. The state is saved after every epoch, so a killed run goes on from its last epoch and ends in
 the same bytes as an unbroken one (on the same machine and thread count). One process trains; there is no gradient
-accumulation and no checkpointing of activations. A finished adapter carries the fingerprint of everything it was
-trained with: an equal run reuses it, another one is refused.
+accumulation and no checkpointing of activations. Several seeds, and earlier epochs of each, are adapters in folders of
+their own (`adapter_paths`), made one seed after the other. A finished adapter carries the fingerprint of everything it
+was trained with: an equal run reuses it, another one is refused.
 """
 
 import json
@@ -39,12 +40,14 @@ from llmattrib.weights import (
     weights_fingerprint,
 )
 
+_OTHERS = ("num_adapters", "checkpoints")
+"""Settings of `train` that no adapter depends on: they say which others there are."""
 _STATE = ("factor", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A trained adapter.
+    """A trained adapter, the first of the run.
 
     Args:
         path: its PEFT folder.
@@ -53,8 +56,9 @@ class TrainResult:
         num_examples: examples trained on.
         num_truncated: of these, examples whose prompt was cut.
         num_skipped: examples left out as too long.
-        reused: it was there already.
+        reused: it was there already, and all others.
         seconds: wall time of this call.
+        paths: folders of all adapters of the run, this one first.
     """
 
     path: str
@@ -65,10 +69,25 @@ class TrainResult:
     num_skipped: int
     reused: bool
     seconds: float
+    paths: tuple[str, ...]
+
+
+def adapter_paths(config: RunConfig) -> list[str]:
+    """Return the folders of all adapters that a run trains, seed by seed, the last epoch first."""
+    return [path for number in range(config.train.num_adapters) for path in _seed_paths(config, number).values()]
+
+
+def _seed_paths(config: RunConfig, number: int) -> dict[int, str]:
+    """Return epoch -> folder of the adapters of one seed, the last epoch first."""
+    train, path = config.train, config.layout.adapter + (f"-seed{config.seed + number}" if number else "")
+    epochs = sorted(
+        {round(train.epochs * k / train.checkpoints) for k in range(1, train.checkpoints + 1)}, reverse=True
+    )
+    return {epoch: path if epoch == train.epochs else f"{path}-epoch{epoch}" for epoch in epochs}
 
 
 def train_adapter(config: RunConfig, progress: Progress = silent) -> TrainResult:
-    """Fine-tune a LoRA adapter on the run's examples and save it as `run_dir/adapter`.
+    """Fine-tune the LoRA adapter of a run on its examples and save it as `run_dir/adapter`; and others, if asked for.
 
     Args:
         config: the run; reads `seed`, `model`, `data` and `train`.
@@ -95,23 +114,37 @@ def train_adapter(config: RunConfig, progress: Progress = silent) -> TrainResult
         raise ConfigError(
             f"run_dir is {config.run_dir}", expected="a local folder for training", fix="copy it afterwards"
         )
-    target = Path(config.layout.adapter)
     encoded, fingerprint = training_inputs(config)
-    reused = target.is_dir()
-    if reused:
-        record = _matching_record(target, fingerprint)
-    else:
-        record = _train(config, encoded.encoded, [example.id for example in encoded.examples], fingerprint, progress)
+    ids = [example.id for example in encoded.examples]
+    records: list[Mapping[str, Any]] = []
+    reused = True
+    for number in range(config.train.num_adapters):
+        own = config.model_copy(update={"seed": config.seed + number})
+        prints = {**fingerprint, "seed": own.seed}
+        targets = {epoch: Path(path) for epoch, path in _seed_paths(config, number).items()}
+        found = {epoch: _matching_record(path, prints) for epoch, path in targets.items() if path.is_dir()}
+        missing = {epoch: path for epoch, path in targets.items() if epoch not in found}
+        if missing:
+            reused = False
+            state = Path(f"{targets[config.train.epochs]}.state.safetensors")
+            found |= _train(own, encoded.encoded, ids, prints, missing, state, _of_seed(progress, number, config))
+        records.append(found[config.train.epochs])
     return TrainResult(
-        path=str(target),
-        num_steps=int(record["num_steps"]),
-        losses=tuple(record["losses"]),
+        path=config.layout.adapter,
+        num_steps=int(records[0]["num_steps"]),
+        losses=tuple(records[0]["losses"]),
         num_examples=len(encoded.encoded),
         num_truncated=encoded.num_truncated,
         num_skipped=encoded.num_skipped,
         reused=reused,
         seconds=time.perf_counter() - started,
+        paths=tuple(adapter_paths(config)),
     )
+
+
+def _of_seed(progress: Progress, number: int, config: RunConfig) -> Progress:
+    """Tell of one seed's sequences as a part of those of all."""
+    return lambda done, total: progress(number * total + done, config.train.num_adapters * total)
 
 
 def encode_without_weights(config: RunConfig, examples: Sequence[Example]) -> EncodedSet:
@@ -145,7 +178,7 @@ def training_inputs(config: RunConfig) -> tuple[EncodedSet, dict[str, Any]]:
         "seed": config.seed,
         "attn_implementation": model.attn_implementation,
         **{f"lora.{key}": value for key, value in model.lora.model_dump(mode="json").items()},
-        **{f"train.{key}": value for key, value in config.train.model_dump(mode="json").items()},
+        **{f"train.{key}": value for key, value in config.train.model_dump(mode="json").items() if key not in _OTHERS},
     }
 
 
@@ -165,31 +198,40 @@ def _compare(path: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> N
 
 
 def _train(
-    config: RunConfig, encoded: Sequence[Encoded], ids: Sequence[str], fingerprint: dict[str, Any], progress: Progress
-) -> dict[str, Any]:
-    """Run all epochs, from the saved state when there is one; save the adapter; return its record."""
-    target = Path(config.layout.adapter)
-    state_file = target.with_name("adapter.state.safetensors")
+    config: RunConfig,
+    encoded: Sequence[Encoded],
+    ids: Sequence[str],
+    fingerprint: dict[str, Any],
+    targets: Mapping[int, Path],
+    state_file: Path,
+    progress: Progress,
+) -> dict[int, dict[str, Any]]:
+    """Train up to the last epoch of `targets`, from the saved state if it is early enough; return their records."""
     device = resolve_device(config.model.device)
     dtype = training_dtype(config.train.dtype, device)
     loaded = prepare_trainable(config.model, dtype, config.seed, str(device))
     tuning = FineTuning(loaded, config.train, config.model.lora.dropout, config.seed)
-    _require_space(target, tuning.factors)
+    _require_space(state_file, tuning.factors, len(targets))
     losses = _restore(state_file, tuning, fingerprint)
+    if min(targets) <= len(losses):  # the state is past an epoch that is wanted now
+        tuning.restart(config.seed)
+        losses = []
+    records = {}
     progress(len(losses) * len(encoded), config.train.epochs * len(encoded))
-    for epoch in range(len(losses), config.train.epochs):
+    for epoch in range(len(losses), max(targets)):
         losses.append(tuning.epoch(encoded, ids, epoch, progress))
-        if epoch + 1 < config.train.epochs:
+        if epoch + 1 in targets:
+            records[epoch + 1] = {
+                "fingerprint": fingerprint,
+                "num_steps": (epoch + 1) * -(-len(encoded) // config.train.batch_size),
+                "losses": list(losses),
+                "dtype": dtype,
+            }
+            _save(loaded, targets[epoch + 1], config.model.name, records[epoch + 1])
+        if epoch + 1 < max(targets):
             _save_state(state_file, tuning, fingerprint, losses)
-    record = {
-        "fingerprint": fingerprint,
-        "num_steps": config.train.epochs * -(-len(encoded) // config.train.batch_size),
-        "losses": losses,
-        "dtype": dtype,
-    }
-    _save(loaded, target, config.model.name, record)
     state_file.unlink(missing_ok=True)
-    return record
+    return records
 
 
 def training_dtype(dtype: str, device: torch.device) -> str:
@@ -199,9 +241,11 @@ def training_dtype(dtype: str, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
-def _require_space(target: Path, factors: Mapping[str, Tensor]) -> None:
-    """Check that the adapter and the state of an unfinished run would fit, before a step is taken."""
-    num_bytes = (1 + len(_STATE)) * sum(factor.numel() * factor.element_size() for factor in factors.values())
+def _require_space(target: Path, factors: Mapping[str, Tensor], num_adapters: int) -> None:
+    """Check that the adapters and the state of an unfinished run would fit, before a step is taken."""
+    num_bytes = (num_adapters + len(_STATE)) * sum(
+        factor.numel() * factor.element_size() for factor in factors.values()
+    )
     require_space(str(target), num_bytes, "free space, set run_dir on a larger disk, or lower model.lora.rank")
 
 

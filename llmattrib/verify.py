@@ -42,6 +42,7 @@ from llmattrib.manifest import differing
 from llmattrib.preconditioner import wrong_curvature
 from llmattrib.store import RowStore
 from llmattrib.table import TableStore
+from llmattrib.train import adapter_paths
 from llmattrib.values.stage import TABLE_METHODS
 from llmattrib.values.validation import features_fingerprint
 
@@ -168,6 +169,7 @@ class _Checks:
         yield from found
         if features is not None:
             yield from self.settings(features)
+            yield from self.adapters()
             yield from self.curvature(features)
             yield from self.examples(features)
             yield from self.validation(features, is_sound)
@@ -233,6 +235,14 @@ class _Checks:
             rows = "; ".join(f"{key}: stored {old!r}, now {new!r}" for key, (old, new) in keys.items())
             again = f"restore these settings, or: rm -r {shlex.quote(features.path)} && {self.command('build')}"
             yield Finding(self.short(features.path), f"was made with other settings ({rows})", again)
+
+    def adapters(self) -> Iterator[Finding]:
+        """The adapters trained here that features and queries are taken at."""
+        if self.config.model.adapters or self.config.features.linearisation == "init":
+            return
+        for path in adapter_paths(self.config):
+            if not storage.exists(path):
+                yield Finding(self.short(path), "is missing, and queries are taken at it", self.command("train"))
 
     def curvature(self, features: RowStore) -> Iterator[Finding]:
         """The file that the features were whitened with."""
@@ -384,7 +394,7 @@ class _Checks:
         local = storage.local_path(self.layout.run_dir)
         if local is None or not local.is_dir():
             return
-        folders = sorted(Path(local).glob(".adapter.*"))
+        folders = sorted(Path(local).glob(".adapter*"))
         for path in [*folders, *sorted(local.rglob(f"*{storage.PARTIAL}"))]:
             if folders and any(folder in path.parents for folder in folders):
                 continue

@@ -119,8 +119,10 @@ def train_flops(shape: ModelShape, config: RunConfig, tokens: Tokens) -> int:
     head = 2 * shape.head_parameters * tokens.completion
     linear = 2 * (shape.linear_parameters + shape.backward_parameters) * tokens.num_tokens
     attention = (4 * shape.attention_width + 10 * shape.backward_attention_width) * tokens.pairs
-    return config.train.epochs * (
-        linear + 2 * head + attention + 6 * tokens.num_tokens * (shape.lora_in + shape.lora_out)
+    return (
+        config.train.num_adapters
+        * config.train.epochs
+        * (linear + 2 * head + attention + 6 * tokens.num_tokens * (shape.lora_in + shape.lora_out))
     )
 
 

@@ -18,6 +18,7 @@ from llmattrib.extraction import run_adapters
 from llmattrib.plan import cost
 from llmattrib.plan.cost import Tokens
 from llmattrib.plan.shape import BatchShape, EmptyModel, ModelShape, batch_peak, empty_model
+from llmattrib.train import adapter_paths
 from llmattrib.weights import load_tokenizer_alone
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "CPU": 16 * 3e9 * 32}
@@ -180,6 +181,8 @@ def _adapter(config: RunConfig, notes: list[str]) -> tuple[Path | None, int]:
     here = [Path(name).expanduser() for name in names if (Path(name).expanduser() / "adapter_config.json").is_file()]
     if names and not here:
         notes.append(f"{names[0]} is not here: LoRA has the shape of model.lora")
+    if not names and config.features.linearisation == "trained":
+        return None, len(adapter_paths(config))
     return (here[0] if here else None), max(len(names), 1)
 
 
