@@ -211,7 +211,7 @@ def _train(
     dtype = training_dtype(config.train.dtype, device)
     loaded = prepare_trainable(config.model, dtype, config.seed, str(device))
     tuning = FineTuning(loaded, config.train, config.model.lora.dropout, config.seed)
-    _require_space(state_file, tuning.factors, len(targets))
+    _require_space(targets[max(targets)], tuning.factors, len(targets))
     losses = _restore(state_file, tuning, fingerprint)
     if min(targets) <= len(losses):  # the state is past an epoch that is wanted now
         tuning.restart(config.seed)
