@@ -37,7 +37,7 @@ def quantisation(config: ModelConfig, dtype: str, device: torch.device, *, is_sh
         config: the model's section.
         dtype: what products are computed in.
         device: of the weights.
-        is_shared: whether ranks share the weights (ZeRO-3).
+        is_shared: whether ranks share the weights (ZeRO-3, FSDP2).
 
     Raises:
         ConfigError: there is no GPU or no bitsandbytes, or ranks share the weights.
@@ -46,7 +46,8 @@ def quantisation(config: ModelConfig, dtype: str, device: torch.device, *, is_sh
         return {}
     setting = f"model.quantization is {config.quantization}"
     if is_shared:
-        raise ConfigError(f"{setting} under ZeRO-3", expected="one of the two", fix="set model.quantization=null")
+        found = f"{setting} and the launcher lets ranks share the weights"
+        raise ConfigError(found, expected="one of the two", fix="set model.quantization=null")
     if device.type != "cuda":
         raise ConfigError(f"{setting} on the device {device}", expected="a GPU", fix="set model.quantization=null")
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -2,9 +2,9 @@
 
 Under `accelerate launch` (or torchrun) the process group is accelerate's; without a launcher there is one process and
 every call is trivial. Weights are frozen, so models are not wrapped, and ranks meet only where this module is called.
-Under launch/zero3.yaml alone the ranks share the weights (DeepSpeed ZeRO-3): then every pass through the model is
-collective, see `Sharding`. What ranks tell each other is JSON, never pickle. This module alone imports accelerate and
-deepspeed.
+Under launch/zero3.yaml (DeepSpeed ZeRO-3) and launch/fsdp2.yaml (PyTorch FSDP2) alone the ranks share the weights:
+then every pass through the model is collective, see `Sharding`. What ranks tell each other is JSON, never pickle. This
+module alone imports accelerate and deepspeed.
 """
 
 import atexit
@@ -16,9 +16,10 @@ import logging
 import os
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar, final
 
 import numpy as np
 import torch
@@ -41,15 +42,52 @@ _AGREED = "_llmattrib_agreed"
 """Attribute of an exception that all ranks know of."""
 
 
-class Sharding:
+class Sharding(ABC):
     """The weights of one model, cut among the ranks; each layer is brought together while a pass is in it.
 
     No optimizer is made, so there is nothing beside the weights. Ranks must run the same number of passes, forward and
-    backward: one that waits in a pass waits for the others. A partitioned parameter has numel 0 between passes.
+    backward: one that waits in a pass waits for the others.
+
+    Attributes:
+        is_placing: whether weights stay in the memory of the machine until `partition` takes them to their devices.
+    """
+
+    is_placing: bool
+
+    @abstractmethod
+    def loading(self, dtype: str) -> AbstractContextManager[None]:
+        """Guard the reading of a model by transformers.
+
+        Args:
+            dtype: of the weights.
+        """
+
+    @abstractmethod
+    def partition(self, model: nn.Module, device: torch.device) -> None:
+        """Cut up what is still whole (the same numbers on all ranks), and gather each layer as a pass reaches it.
+
+        Args:
+            model: a transformers model, or one of PEFT around it.
+            device: where passes run.
+
+        Raises:
+            LlmattribError: the model cannot be cut up in this way.
+        """
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of what a pass has left whole; after every pass."""
+
+
+@final
+class Zero3(Sharding):
+    """DeepSpeed's stage 3. Weights are cut as they are read; a parameter has numel 0 between passes.
 
     Args:
         settings: of DeepSpeed, with ZeRO stage 3.
     """
+
+    is_placing = False
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings
@@ -57,11 +95,7 @@ class Sharding:
 
     @contextmanager
     def loading(self, dtype: str) -> Iterator[None]:
-        """Let transformers cut a model up as it reads it.
-
-        Args:
-            dtype: of the weights.
-        """
+        """Let transformers cut a model up as it reads it."""
         for name, key in (("bfloat16", "bf16"), ("float16", "fp16")):
             self._settings[key] = {"enabled": dtype == name}
         # transformers keeps a weak reference
@@ -71,15 +105,71 @@ class Sharding:
         finally:
             del active
 
-    def partition(self, model: nn.Module) -> None:
-        """Cut up what is still whole (the same numbers on all ranks), and gather each layer as a pass reaches it."""
+    def partition(self, model: nn.Module, device: torch.device) -> None:
+        """Hand the model to an engine of DeepSpeed."""
         import deepspeed  # noqa: PLC0415
 
         self._engine = deepspeed.initialize(model=model, config=self._settings)[0]
 
     def release(self) -> None:
-        """Let go of what a pass has left whole; after every pass."""
+        """Cut up what the engine keeps for the next pass."""
         self._engine.optimizer.partition_all_parameters()
+
+
+@final
+class Fsdp2(Sharding):
+    """PyTorch's `fully_shard`: parameters are DTensors, cut along their first axis.
+
+    A block of layers is brought together at a time, and so are the two embeddings where they are not one; what is left
+    is whole during a pass. Every rank reads the model into the memory of its machine first: files of the dtype that is
+    asked for are mapped, not copied, so that ranks of one machine hold them once.
+
+    Args:
+        is_offloaded: whether the parts stay in the memory of the machine, between passes.
+    """
+
+    is_placing = True
+
+    def __init__(self, is_offloaded: bool) -> None:
+        self._is_offloaded = is_offloaded
+        self._units: list[Any] = []
+
+    def loading(self, dtype: str) -> AbstractContextManager[None]:
+        """Do nothing: all ranks read the same."""
+        return nullcontext()
+
+    def partition(self, model: nn.Module, device: torch.device) -> None:
+        """Cut up block by block, so that no more than one is whole on the device."""
+        from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+        from torch.distributed.fsdp import (  # noqa: PLC0415
+            CPUOffloadPolicy,
+            FSDPModule,
+            OffloadPolicy,
+            fully_shard,
+        )
+
+        owner: Any = model
+        blocks = set(owner._no_split_modules or ())
+        units = [module for module in model.modules() if type(module).__name__ in blocks]
+        if not units:
+            raise LlmattribError(
+                f"{type(model).__name__} does not say which of its modules are blocks (_no_split_modules)",
+                expected="a model that FSDP2 can bring together block by block",
+                fix="launch with --config_file launch/zero3.yaml",
+            )
+        embeddings = [owner.get_input_embeddings(), owner.get_output_embeddings()]
+        if None not in embeddings and embeddings[0].weight is not embeddings[1].weight:
+            units += embeddings
+        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+        offload = CPUOffloadPolicy() if self._is_offloaded and device.type != "cpu" else OffloadPolicy()
+        for unit in (*units, model):
+            fully_shard(unit, mesh=mesh, offload_policy=offload)
+        self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+    def release(self) -> None:
+        """Cut up what is whole for the whole of a pass."""
+        for unit in self._units:
+            unit.reshard()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,16 +332,17 @@ def ranks() -> Ranks:
 
     Raises:
         LlmattribError: a launcher announced several processes but they cannot be joined, or DeepSpeed is missing or
-            its settings are not of ZeRO-3.
+            its settings are not of ZeRO-3, or those of FSDP not of its second version.
     """
-    is_shared = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not is_shared:
+    sharding = _sharding()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and sharding is None:
         return Ranks()
-    sharding = Sharding(_deepspeed_settings()) if is_shared else None
     on_cpu = not torch.cuda.is_available()
     try:
         # With cpu=True accelerate uses no DeepSpeed; without it, it takes a rank without a GPU for a job of one.
-        place: dict[str, Any] = {"cpu": on_cpu} if not is_shared else {"backend": "gloo"} if on_cpu else {}
+        place: dict[str, Any] = {"backend": "gloo"} if on_cpu else {}
+        if not isinstance(sharding, Zero3):
+            place = {"cpu": on_cpu}
         state = PartialState(**place, timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise LlmattribError(
@@ -266,6 +357,29 @@ def ranks() -> Ranks:
 def _board() -> Any:
     """Return the store that the launcher keeps for all ranks."""
     return torch.distributed.distributed_c10d._get_default_store()
+
+
+def _sharding() -> Sharding | None:
+    """Return how the launcher wants the ranks to share a model's weights."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        return Zero3(_deepspeed_settings())
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":
+        return None
+    from accelerate import FullyShardedDataParallelPlugin  # noqa: PLC0415
+    from torch.distributed.fsdp import CPUOffloadPolicy  # noqa: PLC0415
+
+    try:
+        plugin = FullyShardedDataParallelPlugin()
+        found = f"version {plugin.fsdp_version}"
+    except ValueError as error:
+        plugin, found = None, f"settings that accelerate refuses ({first_line(error)})"
+    if plugin is None or plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
+        raise LlmattribError(
+            f"the launcher asks for FSDP with {found}",
+            expected="fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false",
+            fix="launch with --config_file launch/fsdp2.yaml",
+        )
+    return Fsdp2(isinstance(plugin.cpu_offload, CPUOffloadPolicy))
 
 
 def _deepspeed_settings() -> dict[str, Any]:

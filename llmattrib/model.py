@@ -80,7 +80,7 @@ class LoadedModel:
     Args:
         model: the PEFT model.
         tokenizer: of the adapter's folder when it brings one, else of the base.
-        device: where the parameters are.
+        device: where passes run, and the parameters are.
         layers: the LoRA layers, in the order of the model.
         adapter_names: PEFT names, in the order the folders were given.
         max_length: context in tokens.
@@ -221,6 +221,8 @@ def load_model(
     model = _given(base, paths, names) if paths else _fresh(base, config, seed=0)
     loaded = _loaded(model, tokenizer, names, context)
     loaded.sharding = sharding
+    if sharding and sharding.is_placing:
+        loaded.device = resolve_device(device or config.device)
     _only_trainable(model, [])
     model.eval()
     weights = "+".join(file_digest(path / ADAPTER_WEIGHTS)[:32] for path in paths)

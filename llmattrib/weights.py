@@ -218,7 +218,8 @@ def load_base(
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id
     )
-    if getattr(model, "quantization_method", None) is None:
+    is_placed = getattr(model, "quantization_method", None) is not None
+    if not is_placed and not (sharding and sharding.is_placing):
         with memory_errors(config.name, expected="room for its weights", fix="take a smaller dtype or a larger device"):
             model.to(device)
     return model

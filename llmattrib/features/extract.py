@@ -99,7 +99,7 @@ class Extractor:
             for adapter in loaded.adapter_names:
                 self._points.append(_Point(adapter, self._trained_taps(adapter)))
         if loaded.sharding:  # the taps hold the factors, so those of the model can go
-            loaded.sharding.partition(loaded.model)
+            loaded.sharding.partition(loaded.model, loaded.device)
 
     @property
     def num_outputs(self) -> int:
@@ -262,4 +262,5 @@ class Extractor:
         block_a = self._add_block(prefix + layer.name, "A", *a.shape)
         block_b = self._add_block(prefix + layer.name, "B", *b.shape)
         scaling /= num_adapters**0.5 * self._loss_scale
-        return Tap(layer.name, layer.module, a.detach(), b.detach(), scaling, block_a, block_b)
+        a, b = (factor.detach().to(self.loaded.device) for factor in (a, b))
+        return Tap(layer.name, layer.module, a, b, scaling, block_a, block_b)
