@@ -19,6 +19,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar, final
 
 import numpy as np
@@ -38,6 +39,8 @@ GRACE_SECONDS = 30.0
 """How long the others stay after a rank failed. Were one to leave first, the launcher would end all in mid-message."""
 _SUMMED = 1 << 18
 """Numbers of each rank that are summed at a time."""
+_ROOT = Path(__file__).parents[1]
+"""Of the repository: relative paths in its launch/ are from there, wherever the launcher is called."""
 _AGREED = "_llmattrib_agreed"
 """Attribute of an exception that all ranks know of."""
 
@@ -399,14 +402,15 @@ def _deepspeed_settings() -> dict[str, Any]:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
     try:
-        with open(path, encoding="utf-8") as file:
-            settings: dict[str, Any] = json.load(file)
+        from_here, from_root = Path(path), _ROOT / path
+        text = (from_here if from_here.is_file() else from_root).read_text(encoding="utf-8")
+        settings: dict[str, Any] = json.loads(text)
         stage = settings["zero_optimization"]["stage"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LlmattribError(
             f"the settings of DeepSpeed, {path or 'no file'}, cannot be read ({first_line(error)})",
             expected="JSON with zero_optimization.stage",
-            fix="launch with --config_file launch/zero3.yaml, from the repository",
+            fix="launch with --config_file launch/zero3.yaml",
         ) from error
     if stage != 3:
         raise LlmattribError(

@@ -371,6 +371,7 @@ class SlurmConfig(Section):
 
     `gpus_per_node` is one process each; 0 is for nodes without GPUs, one process a node with `cpus_per_task` threads.
     With `array` above 1, build is so many jobs of `nodes` nodes each, which share the shards and start when they can.
+    `launch` is the file of launch/ that build has on GPUs. `reduce` has `reduce_nodes` nodes, one process each.
     `time`, as sbatch takes it, has quotes in YAML ("4:00:00" would be a number without). `sbatch` are more options of
     sbatch for every job; `setup` are shell commands that each job begins with, to load modules or an environment.
     """
@@ -378,6 +379,8 @@ class SlurmConfig(Section):
     nodes: PositiveInt = 1
     array: PositiveInt = 1
     gpus_per_node: int = Field(1, ge=0)
+    launch: Literal["multi_gpu", "zero3", "fsdp2"] = "multi_gpu"
+    reduce_nodes: PositiveInt = 1
     cpus_per_task: PositiveInt | None = None
     partition: str | None = None
     account: str | None = None

@@ -138,8 +138,16 @@ def plan_jobs(config: RunConfig, target: str, overrides: Sequence[str] = ()) -> 
     environment = {"LLMATTRIB_ROOT": str(ROOT)}
     if slurm.setup:
         environment["LLMATTRIB_SETUP"] = "\n".join(slurm.setup)
-    on_cpu = {"LAUNCH": str(ROOT / "launch" / "cpu.yaml"), "PROCESSES_PER_NODE": "1"}
-    sizes = {"build": (slurm.nodes, slurm.gpus_per_node), "train": (1, min(1, slurm.gpus_per_node))}
+    launched: dict[str, str] = {}
+    if not slurm.gpus_per_node:
+        launched = {"LAUNCH": str(ROOT / "launch" / "cpu.yaml"), "PROCESSES_PER_NODE": "1"}
+    elif slurm.launch != "multi_gpu":
+        launched = {"LAUNCH": str(ROOT / "launch" / f"{slurm.launch}.yaml")}
+    sizes = {
+        "train": (1, min(1, slurm.gpus_per_node)),
+        "build": (slurm.nodes, slurm.gpus_per_node),
+        "reduce": (slurm.reduce_nodes, 0),
+    }
     submissions = []
     for stage in STAGES[bool(config.model.adapters) :]:
         nodes, gpus = sizes.get(stage, (1, 0))
@@ -149,7 +157,7 @@ def plan_jobs(config: RunConfig, target: str, overrides: Sequence[str] = ()) -> 
         command += [f"--array=1-{slurm.array}"] * is_array
         command += [f"--gpus-per-node={gpus}"] * (gpus > 0) + _options(slurm)
         command += [str(ROOT / "slurm" / f"{stage}.sbatch"), target, *overrides]
-        extra = on_cpu if stage == "build" and not gpus else {}
+        extra = launched if stage == "build" else {}
         submissions.append(Submission(stage, tuple(command), environment | extra, log))
     return submissions
 

@@ -52,6 +52,11 @@ def test_parameters_of_the_worked_examples_are_those_published() -> None:
     assert large.memory.weights == 2 * large.shape.num_parameters + 4 * 2 * 64  # and the rotary frequencies, twice
     assert large.memory.gpu_zero3 < large.memory.gpu - large.memory.weights // 2
     assert small.notes == ("adapters/my-llama3-lora is not here: LoRA has the shape of model.lora",)
+    nodes = plan_run(load_config(ROOT / "configs/llama3_8b_multi_node.yaml"))
+    assert nodes.shape.num_parameters == small.shape.num_parameters
+    assert (nodes.num_gpus, nodes.tokens.num_examples) == (32, 10**6)
+    tiny = plan_run(load_config(ROOT / "configs/tiny_cpu.yaml"))
+    assert tiny.shape.num_parameters == 134_515_008
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from test_build import changed, contents
-from test_distributed import ROOT, launch
+from test_distributed import ROOT, launch, launch_command, launch_env
 from tiny import tiny_run
 
 from llmattrib.build import build_features
@@ -84,11 +85,27 @@ def test_killed_and_run_again_gives_the_bytes_of_an_unbroken_run(run, whole, tmp
 
 
 @pytest.mark.distributed
-def test_two_ranks_write_the_bytes_of_one(run, whole, tmp_path):
-    ended = launch("launch/build.py", config_file(run, tmp_path), "seed=0")
-    assert ended.returncode == 0, ended.stderr
+def test_two_machines_write_the_bytes_of_one(run, whole, tmp_path):
+    """A launcher each, as launch/multi_node.yaml says; here both have the same address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    commands = [
+        launch_command(
+            ROOT / "launch/build.py",
+            config_file(run, tmp_path),
+            "seed=0",
+            config="multi_node.yaml",
+            options=["--machine_rank", str(machine), "--main_process_port", port],
+        )
+        for machine in (0, 1)
+    ]
+    places = {"env": launch_env(), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    machines = [subprocess.Popen(command, **places) for command in commands]
+    printed = [machine.communicate(timeout=300) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], printed
     assert contents(run.layout.features) == whole
-    assert re.findall(r"(\d+) shards computed now", ended.stdout) == [str(NUM_ROWS // SHARD_SIZE)]  # printed once
+    told = [re.findall(r"(\d+) shards computed now", out) for out, _ in printed]
+    assert told == [[str(NUM_ROWS // SHARD_SIZE)], []]  # printed once
     assert not Path(run.layout.features + ".lock").exists()
 
 

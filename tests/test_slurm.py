@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from slurm_cluster import Cluster, missing, until
 from test_build import contents
@@ -22,6 +23,9 @@ from llmattrib.build import build_features
 from llmattrib.cli import app
 from llmattrib.config import RunConfig, config_to_yaml
 from llmattrib.errors import ConfigError, SlurmError
+from llmattrib.index import build_index, open_index
+from llmattrib.reduce import reduce_run
+from llmattrib.store import RowStore
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
@@ -132,6 +136,16 @@ def test_an_array_is_of_build_alone_and_each_task_has_its_log(path: str, tmp_pat
     assert jobs["build"].log == f"{tmp_path}/run/slurm/build-%A_%a.log"
     assert not any("--array" in word for stage, job in jobs.items() if stage != "build" for word in job.command)
     assert "--array" not in llmattrib("submit", path, "slurm.array=1", "--dry-run").stdout
+
+
+def test_launch_and_reduce_nodes_of_the_config_reach_their_jobs(tmp_path: Path) -> None:
+    config = run_of(tmp_path, slurm={"gpus_per_node": 8, "launch": "fsdp2", "reduce_nodes": 3})
+    jobs = {job.stage: job for job in slurm.plan_jobs(config, "c.yaml")}
+    assert jobs["build"].environment["LAUNCH"] == str(ROOT / "launch" / "fsdp2.yaml")
+    assert [stage for stage, job in jobs.items() if "LAUNCH" in job.environment] == ["build"]
+    assert [stage for stage, job in jobs.items() if "--nodes=3" in job.command] == ["reduce"]
+    plain = slurm.plan_jobs(run_of(tmp_path), "c.yaml")
+    assert not any("LAUNCH" in job.environment for job in plain)  # so that one of the user's own is kept
 
 
 def test_a_time_that_yaml_reads_as_a_number_is_refused(path: str) -> None:
@@ -319,7 +333,7 @@ def requeued(cluster: Cluster, number: str, log: str) -> None:
 def test_a_chain_that_loses_a_node_and_is_warned_ends_with_the_bytes_of_a_local_run(
     on_cluster: Cluster, tmp_path: Path
 ) -> None:
-    config = run_of(tmp_path, reduce={"methods": ["influence", "grad_dot"]})
+    config = run_of(tmp_path, reduce={"methods": ["influence", "grad_dot"]}, slurm={"reduce_nodes": 2})
     options = ("--nodes", "2", "--gpus-per-node", "0")
     result = llmattrib("submit", write_config(config, tmp_path), *options)
     assert result.exit_code == 0, result.output
@@ -352,6 +366,16 @@ def test_a_chain_that_loses_a_node_and_is_warned_ends_with_the_bytes_of_a_local_
     build_features(local)
     assert contents(config.layout.features) == contents(local.layout.features)
     assert not Path(config.layout.features + ".lock").exists()
+    reduce_run(local)
+    for method in config.reduce.methods:  # of two processes on two nodes, and of one
+        stores = [RowStore.open(run.layout.representers(method)) for run in (config, local)]
+        rows, wanted = (store.read(0, NUM_ROWS) for store in stores)
+        assert np.abs(rows - wanted).max() <= 1e-6 * np.abs(wanted).max()
+        build_index(local, method)
+        queries = wanted[:4, 0]
+        found, expected = (open_index(run, method).search(queries, 5)[1] for run in (config, local))
+        np.testing.assert_array_equal(found, expected)
+    assert on_cluster.run("squeue", "-h", "--states=all", f"--jobs={jobs[2].id}", "-o%D").strip() == "2"
 
 
 @pytest.mark.slurm
