@@ -349,7 +349,7 @@ def ranks() -> Ranks:
         state = PartialState(**place, timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise LlmattribError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but the processes cannot be joined ({error})",
+            f"WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set')} but the processes cannot be joined ({error})",
             expected="processes started by `accelerate launch`",
             fix="start through `accelerate launch --config_file launch/cpu.yaml ...`, or unset WORLD_SIZE",
         ) from error

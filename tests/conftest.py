@@ -15,6 +15,16 @@ from jaxtyping import install_import_hook
 # Every annotated shape and type in the package is checked on every call; must precede the first import of llmattrib.
 install_import_hook("llmattrib", "beartype.beartype")
 
+import pytest
 import torch
+from zygote import Zygote
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """What real processes are forked from; one serves all tests."""
+    parent = Zygote()
+    yield parent
+    parent.close()

@@ -40,6 +40,7 @@ MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=300
 KillWait=5
+MinJobAge=36000
 JobRequeue=1
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2

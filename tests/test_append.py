@@ -330,13 +330,32 @@ def test_representers_index_and_query_follow(run, monkeypatch):
     np.testing.assert_allclose(rows.read_vector("total"), rows.read(0, AFTER).sum(0), rtol=1e-4, atol=1e-5)
 
 
-def test_the_command_says_how_many_rows_are_new(run, tmp_path):
+def test_the_commands_follow_data_that_grew(run, tmp_path):
+    """build, reduce, index, query and verify as a person types them, before and after."""
     settings = tmp_path / "run.yaml"
     settings.write_text(config_to_yaml(run))
+
+    def say(command, *options, code=0):
+        said = CliRunner().invoke(app, [command, str(settings), *options])
+        assert said.exit_code == code, said.output
+        return " ".join(said.output.split())
+
+    say("reduce")
+    say("index")
+    question = tiny_rows(AFTER)[14]
+    ask = ("--prompt", question["prompt"], "--completion", question["completion"], "--method", "grad_dot", "--json")
+    assert "row-14" not in say("query", *ask)
+    before = identities(run.layout.features, [0, 1])
     grow(run)
-    said = CliRunner().invoke(app, ["build", str(settings)])
-    assert said.exit_code == 0
-    assert "17 examples (7 of them new)" in " ".join(said.output.split())
-    assert "3 of 5 shards computed now" in " ".join(said.output.split())
-    again = CliRunner().invoke(app, ["build", str(settings)])
-    assert "new" not in again.output
+    said = say("build")
+    assert "17 examples (7 of them new)" in said
+    assert "3 of 5 shards computed now" in said
+    assert "new" not in say("build")
+    assert "llmattrib reduce" in say("query", *ask, code=2)
+    said = say("verify", code=1)
+    assert "representers/grad_dot.zarr: was made from other features than are there now" in said
+    say("reduce")
+    say("index")
+    assert "row-14" in say("query", *ask)
+    assert "sound" in say("verify")
+    assert identities(run.layout.features, [0, 1]) == before

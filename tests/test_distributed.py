@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,17 @@ def launch_env():
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
     return env
+
+
+def rank_environments(num_processes):
+    """What a launcher puts into the environment of each rank, for ranks that a test starts by itself."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {
+            "WORLD_SIZE": str(num_processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
+    return [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
 
 
 def launch(script, *arguments, timeout=300, **settings):

@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,9 +16,8 @@ from pathlib import Path
 
 import pytest
 from test_build import changed, contents
-from test_distributed import ROOT
+from test_distributed import ROOT, rank_environments
 from tiny import tiny_run
-from zygote import Zygote
 
 from llmattrib.config import config_to_yaml
 from llmattrib.index import build_index
@@ -32,13 +30,6 @@ ROUNDS = int(os.environ.get("LLMATTRIB_TORTURE_ROUNDS", "20"))
 NUM_ROWS, SHARD_SIZE = 40, 2
 NUM_SHARDS = NUM_ROWS // SHARD_SIZE
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    parent = Zygote()
-    yield parent
-    parent.close()
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +55,8 @@ class Place:
         return self.zygote.start(self.folder / f"{self.num_started}.log", command[0], self.file, *command[1:], **env)
 
     def start_two(self):
-        """Start a build of two ranks; each is a process as a launcher would start it."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return [self.start("build", RANK=str(k), LOCAL_RANK=str(k), **place) for k in (0, 1)]
+        """Start a build of two ranks."""
+        return [self.start("build", **env) for env in rank_environments(2)]
 
     def run(self, *command):
         return self.start(*command).wait()

@@ -18,7 +18,6 @@ import s3fs
 from test_build import changed, contents
 from test_faults import Place
 from tiny import tiny_rows, tiny_run
-from zygote import Zygote
 
 from llmattrib.build import build_features
 from llmattrib.errors import StoreAccessError, StoreLockedError
@@ -103,13 +102,6 @@ def url(server, files, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def zygote(server):
-    parent = Zygote()
-    yield parent
-    parent.close()
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return tiny_run(tmp_path_factory.mktemp("base"), num_rows=NUM_ROWS, reduce={"methods": [METHOD]})
 
@@ -121,9 +113,20 @@ def whole(base):
     return contents(base.layout.features)
 
 
+class Remote(Place):
+    """A run directory on the server, and the command line on it."""
+
+    def __init__(self, server, *place):
+        super().__init__(*place)
+        self.server = server
+
+    def start(self, *command, **env):
+        return super().start(*command, **self.server.environment | env)
+
+
 @pytest.fixture
-def place(zygote, base, tmp_path, url):
-    return Place(zygote, base, tmp_path, url)
+def place(server, zygote, base, tmp_path, url):
+    return Remote(server, zygote, base, tmp_path, url)
 
 
 def keys(files, url):

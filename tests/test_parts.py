@@ -8,7 +8,6 @@ import pytest
 from test_build import changed, contents
 from test_faults import STOPPED, Place, leftovers
 from tiny import tiny_rows, tiny_run
-from zygote import Zygote
 
 from llmattrib.build import build_features
 from llmattrib.errors import ConfigError, FingerprintMismatchError, StoreLockedError
@@ -17,13 +16,6 @@ from llmattrib.store import RowStore
 
 NUM_ROWS, SHARD_SIZE = 40, 2
 NUM_SHARDS = NUM_ROWS // SHARD_SIZE
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    parent = Zygote()
-    yield parent
-    parent.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import oracles
 import pytest
-from test_distributed import launch
+from test_distributed import launch, rank_environments
 from test_reduce import draw, files_of, make_run, representers, write_features
 
 from llmattrib.config import config_to_yaml
@@ -53,6 +53,16 @@ def config_file(config):
     path = Path(config.run_dir, "reduce.yaml")
     path.write_text(config_to_yaml(config))
     return path
+
+
+def reduce_by_two(zygote, config, folder):
+    """Reduce as two ranks; return what they print."""
+    places = enumerate(rank_environments(2))
+    file = config_file(config)
+    ranks = [zygote.start(folder / f"rank{rank}.log", "reduce", file, **env) for rank, env in places]
+    ended = [rank.wait() for rank in ranks]
+    assert [code for code, _ in ended] == [0, 0], ended
+    return "".join(printed for _, printed in ended)
 
 
 def centred(folder):
@@ -107,7 +117,7 @@ def test_two_processes_give_the_same_bytes_twice(work):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("how", ["error", "kill"])
-def test_a_rank_that_ends_takes_the_others_along_and_the_rest_is_done_later(work, tmp_path, how):
+def test_a_rank_that_ends_takes_the_others_along_and_the_rest_is_done_later(work, zygote, tmp_path, how):
     script, first, _, _ = work
     config = centred(tmp_path)
     ended = launch(script, how, config_file(config), timeout=GRACE_SECONDS + 60)
@@ -121,23 +131,19 @@ def test_a_rank_that_ends_takes_the_others_along_and_the_rest_is_done_later(work
     pending = RowStore.open(config.layout.representers("influence")).pending()
     assert {3, 5} <= set(pending), "the last shard waits for all others"
     assert 1 not in pending
-    again = launch("launch/reduce.py", config_file(config))
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count(": trak, ridge") == 1
+    assert reduce_by_two(zygote, config, tmp_path).count(": trak, ridge") == 1
     for method in METHODS:
         assert files_of(config.layout.representers(method)) == files_of(first.layout.representers(method))
 
 
 @pytest.mark.distributed
-def test_semivalues_are_the_first_ranks_and_keep_their_bytes(tmp_path):
+def test_semivalues_are_the_first_ranks_and_keep_their_bytes(zygote, tmp_path):
     config = make_run(tmp_path, methods=["influence", "shapley"])
     write_features(config, draw(5, 4))  # one shard: the second rank has none
     reduce_run(config)
     alone = {method: files_of(config.layout.representers(method)) for method in config.reduce.methods}
     shutil.rmtree(config.layout.path("representers"))
-    ended = launch("launch/reduce.py", config_file(config))
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("sum-rule error") == 1
+    assert reduce_by_two(zygote, config, tmp_path).count("sum-rule error") == 1
     assert alone == {method: files_of(config.layout.representers(method)) for method in config.reduce.methods}
 
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from llmattrib import slurm
 from llmattrib.build import build_features
 from llmattrib.cli import app
-from llmattrib.config import RunConfig, config_to_yaml
+from llmattrib.config import RunConfig, config_to_yaml, load_config
 from llmattrib.errors import ConfigError, SlurmError
 from llmattrib.index import build_index, open_index
 from llmattrib.reduce import reduce_run
@@ -189,10 +189,15 @@ def test_a_chain_is_submitted_whole_or_not_at_all(
     assert recorded[1]["log"] == f"{tmp_path}/run/slurm/build-102.log"
     lines = (bin_folder / "log").read_text().splitlines()
     assert [re.findall(r"afterok:(\d+)", line) for line in lines] == [[], ["101"], ["102"], ["103"]]
-    fake(bin_folder, monkeypatch, squeue="echo '102|N/A|RUNNING|None'")
+    ended = "; ".join(f"echo '{number}|N/A|COMPLETED|None'" for number in range(101, 109))
+    fake(bin_folder, monkeypatch, sbatch=sbatch + "echo $((100 + n))", squeue=ended)
+    result = llmattrib("submit", path, "--wait")
+    assert result.exit_code == 0, result.output
+    assert re.findall(r"^(\w+) \d+: COMPLETED$", result.stdout, re.MULTILINE) == list(slurm.STAGES)
+    fake(bin_folder, monkeypatch, squeue="echo '106|N/A|RUNNING|None'")
     result = llmattrib("submit", path)
     assert result.exit_code == 2
-    assert re.search(r"are in the queue: build 102 .*scancel 102", " ".join(result.stderr.split()))
+    assert re.search(r"are in the queue: build 106 .*scancel 106", " ".join(result.stderr.split()))
 
 
 def job(stage: str, id: str, folder: Path) -> slurm.Job:
@@ -323,8 +328,8 @@ def requeued(cluster: Cluster, number: str, log: str) -> None:
     def what() -> str:
         return cluster.run("scontrol", "show", "job", number) + Path(log).read_text() + cluster.logs()
 
-    until(lambda: cluster.state(number) == "PENDING", 60, what)
-    until(lambda: not cluster.processes(number), 60, what)
+    until(lambda: cluster.state(number) == "PENDING", 120, what)
+    until(lambda: not cluster.processes(number), 120, what)
     cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now+3")
 
 
@@ -344,13 +349,13 @@ def test_a_chain_that_loses_a_node_and_is_warned_ends_with_the_bytes_of_a_local_
         logs = [Path(item.log).read_text() for item in jobs if Path(item.log).exists()]
         return "\n".join([on_cluster.run("squeue", "--states=all"), *logs, on_cluster.logs()])
 
-    until(lambda: committed(config) >= 4, 90, state)
+    until(lambda: committed(config) >= 4, 300, state)
     on_cluster.kill_node("n2", build.id)
     before = committed(config)
     assert before < NUM_ROWS // SHARD_SIZE
     requeued(on_cluster, build.id, build.log)
     on_cluster.start_node("n2")
-    until(lambda: committed(config) >= before + 4, 90, state)
+    until(lambda: committed(config) >= before + 4, 300, state)
     on_cluster.run("scancel", "--batch", "--signal=USR1", build.id)
     until(lambda: "finishing shards" in Path(build.log).read_text(), 20, state)
     requeued(on_cluster, build.id, build.log)
@@ -379,20 +384,6 @@ def test_a_chain_that_loses_a_node_and_is_warned_ends_with_the_bytes_of_a_local_
 
 
 @pytest.mark.slurm
-@pytest.mark.slow
-def test_wait_ends_well_with_an_adapter_of_ones_own_on_one_node(on_cluster: Cluster, tmp_path: Path) -> None:
-    config = run_of(tmp_path, slurm={"gpus_per_node": 0}, reduce={"methods": ["grad_dot"]})
-    adapter = tiny_adapter_dir(tmp_path, config.model.name)
-    overrides = (f"model.adapters=[{adapter}]", "features.linearisation=trained")
-    result = llmattrib("submit", write_config(config, tmp_path), *overrides, "--wait")
-    assert result.exit_code == 0, result.output
-    ended = re.findall(r"^(\w+) \d+: COMPLETED$", result.stdout, re.MULTILINE)
-    assert ended == ["build", "reduce", "index"]
-    assert Path(config.layout.index("grad_dot")).exists()
-    assert "linearisation: trained" in Path(config.layout.config).read_text()
-
-
-@pytest.mark.slurm
 def test_wait_fails_with_the_log_of_the_job_that_failed(on_cluster: Cluster, tmp_path: Path) -> None:
     config = run_of(tmp_path, slurm={"gpus_per_node": 0, "setup": ["echo no module loaded >&2", "false"]})
     result = llmattrib("submit", write_config(config, tmp_path), "--wait")
@@ -404,12 +395,16 @@ def test_wait_fails_with_the_log_of_the_job_that_failed(on_cluster: Cluster, tmp
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_an_array_of_jobs_shares_the_shards_and_one_that_is_warned_goes_on(on_cluster: Cluster, tmp_path: Path) -> None:
+    """With an adapter of one's own, by settings on the command line."""
     config = run_of(tmp_path, slurm={"gpus_per_node": 0, "array": 3}, reduce={"methods": ["grad_dot"]})
     adapter = tiny_adapter_dir(tmp_path, config.model.name)
-    own = config.model_copy(update={"model": config.model.model_copy(update={"adapters": (adapter,)})})
-    result = llmattrib("submit", write_config(own, tmp_path))
+    settings = [f"model.adapters=[{adapter}]", "features.linearisation=trained"]
+    path = write_config(config, tmp_path)
+    own = load_config(path, settings)
+    result = llmattrib("submit", path, *settings)
     assert result.exit_code == 0, result.output
     jobs = slurm.recorded(own.layout)
+    assert [item.stage for item in jobs] == ["build", "reduce", "index"]
     array = jobs[0]
 
     def state() -> str:
@@ -421,7 +416,7 @@ def test_an_array_of_jobs_shares_the_shards_and_one_that_is_warned_goes_on(on_cl
         listing = on_cluster.run("squeue", "-h", "--array", "--states=all", f"--jobs={array.id}_{task}", "-o%A")
         return listing.strip()
 
-    until(lambda: committed(own) >= 3, 90, state)
+    until(lambda: committed(own) >= 3, 300, state)
     warned = next(task for task in (1, 2, 3) if on_cluster.state(f"{array.id}_{task}") == "RUNNING")
     log = array.log.replace("*", str(warned))
     number = identity(warned)
@@ -439,3 +434,5 @@ def test_an_array_of_jobs_shares_the_shards_and_one_that_is_warned_goes_on(on_cl
     build_features(local)
     assert contents(own.layout.features) == contents(local.layout.features)
     assert not list(Path(own.run_dir).glob("*.lock"))
+    assert Path(own.layout.index("grad_dot")).exists()
+    assert "linearisation: trained" in Path(own.layout.config).read_text()

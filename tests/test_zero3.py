@@ -1,7 +1,6 @@
 """ZeRO-3 by two real processes: weights are in parts, features those of one process, failures end both."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -123,16 +122,7 @@ def test_features_of_partitioned_weights_are_those_of_one_process(tmp_path):
             assert found["mine"] == pytest.approx(found["all"] / 2, rel=0.01)
 
 
-def test_weights_offloaded_to_the_memory_of_the_machine(tmp_path):
-    config = changed(tiny_run(tmp_path, num_rows=5), features={"dtype": "float32"})
-    ended = launch("launch/build.py", config_file(config, tmp_path), **options(tmp_path, "zero3_offload.json"))
-    assert ended.returncode == 0, ended.stderr
-    one = changed(config, tmp_path / "one")
-    build_features(one)
-    agree(config, one)
-
-
-def test_killed_and_run_again(tmp_path):
+def test_killed_and_run_again_with_weights_in_the_memory_of_the_machine(tmp_path):
     config = changed(
         tiny_run(tmp_path, num_rows=80), features={"dtype": "float32", "shard_size": 2, "tokens_per_batch": 64}
     )
@@ -147,7 +137,7 @@ def test_killed_and_run_again(tmp_path):
     pending = store.pending()
     assert 0 < len(pending) <= 36
     kept = {shard: Path(store.path, f"rows/c/{shard}/0/0").read_bytes() for shard in set(range(40)) - set(pending)}
-    ended = launch(*arguments, **options(tmp_path))
+    ended = launch(*arguments, **options(tmp_path, "zero3_offload.json"))
     assert ended.returncode == 0, ended.stderr
     assert f"{len(pending)} of 40 shards computed now" in ended.stdout
     for shard, data in kept.items():
@@ -201,17 +191,28 @@ def test_a_rank_that_fails_ends_both_with_its_message(tmp_path, where, message):
     assert RowStore.open(config.layout.features).pending()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [("[]", "cannot be read"), ('{"zero_optimization": {"stage": 2}}', "asks for ZeRO stage 2"), (None, "no file")],
-)
-def test_settings_that_are_not_of_zero3_are_named(tmp_path, monkeypatch, settings, message):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", raising=False)
-    if settings is not None:
-        (tmp_path / "ds.json").write_text(settings)
-        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
-    script = "from llmattrib.distributed import ranks; ranks()"
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=os.environ)
-    assert ended.returncode != 0
-    assert message in ended.stderr
+SETTLE = """
+import os, sys
+from llmattrib.distributed import ranks
+from llmattrib.errors import LlmattribError
+for path in sys.argv[1:]:
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = path
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    try:
+        ranks()
+    except LlmattribError as error:
+        print("=", " ".join(str(error).split()))
+"""
+
+
+def test_settings_of_the_repository_are_found_from_anywhere_and_those_not_of_zero3_named(tmp_path):
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "second.json").write_text('{"zero_optimization": {"stage": 2}}')
+    command = [sys.executable, "-c", SETTLE, "", "list.json", "second.json", "configs/deepspeed/zero3.json"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=launch_env(), check=False)
+    assert ended.returncode == 0, ended.stderr
+    told = [line for line in ended.stdout.splitlines() if line.startswith("=")]
+    # the last is in order, and there is no launcher
+    wanted = ("no file, cannot be read", "list.json, cannot be read", "asks for ZeRO stage 2", "cannot be joined")
+    for line, words in zip(told, wanted, strict=True):
+        assert words in line
