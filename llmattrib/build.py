@@ -8,8 +8,8 @@ Under a launcher a rank that fails ends the job; committed shards are kept, and 
 stop (signals.py) to any rank lets every rank finish the shard it is at. Several jobs may build one store, each a part
 of its shards (lock.py).
 
-Ranks that share the model's weights (ZeRO-3) go in rounds of one shard each: who has fewer batches, or no shard left,
-runs padding batches whose features are thrown away.
+Ranks that share the model's weights (ZeRO-3, FSDP2) go in rounds of one shard each: who has fewer batches, or no shard
+left, runs padding batches whose features are thrown away.
 """
 
 import dataclasses
