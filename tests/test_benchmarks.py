@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks import kernel_game, label_words, lds, poison, reduce, scaling
+from benchmarks import evaluation, kernel_game, label_words, lds, poison, reduce, scaling
 from benchmarks.demo import BEGIN, END, README, RESULT, pool, table
 from benchmarks.truth.margins import load as margins_of
 
@@ -88,3 +88,10 @@ def test_the_tables_of_label_words_are_rendered_from_the_result() -> None:
     text = label_words.DOCS.read_text(encoding="utf-8")
     found = text.partition(label_words.BEGIN)[2].partition(label_words.END)[0]
     assert found == label_words.tables(json.loads(label_words.RESULT.read_text()))
+
+
+def test_the_tables_of_evaluation_are_rendered_from_the_result() -> None:
+    text = evaluation.PAGE.read_text(encoding="utf-8")
+    result = json.loads(evaluation.RESULT.read_text())
+    assert text.partition(evaluation.BEGIN)[2].partition(evaluation.END)[0] == evaluation.tables(result)
+    assert evaluation.PICTURE.exists() == any("curves" in found for found in result["tasks"].values())

@@ -20,6 +20,7 @@ from llmattrib.games.retraining import RetrainingGame
 from llmattrib.reduce import reduce_run
 from llmattrib.rng import stream
 from llmattrib.sections import EvaluateConfig
+from llmattrib.verify import verify_run
 
 KINDS = ("remove_highest", "remove_lowest", "keep_highest", "keep_lowest")
 NUM_EXAMPLES, NUM_PROMPTS = 20, 3
@@ -155,6 +156,16 @@ def test_curves_are_of_real_sub_models(run, monkeypatch):
     assert curves_of_run(RunScores(run)).rows == record.rows
     saved = json.loads(Path(run.layout.path("evaluation", "curves.json")).read_text())
     assert saved["rows"] == list(record.rows)
+
+
+def test_verify_names_the_command_that_fills_the_table_again(run):
+    curves_of_run(RunScores(run))
+    record = min(Path(run.layout.path("retraining", "chosen.zarr", "commits")).glob("*.json"))
+    kept = record.read_bytes()
+    record.unlink()
+    (finding,) = [item for item in verify_run(run, ["run.yaml"]) if "chosen" in item.place]
+    record.write_bytes(kept)
+    assert finding.rerun == "llmattrib evaluate curves run.yaml"
 
 
 def test_other_examples_than_those_of_the_features_are_refused(run):

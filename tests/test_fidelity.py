@@ -33,8 +33,8 @@ def test_an_uncompressed_store_is_exact_and_wider_sketches_are_closer(tmp_path: 
     assert [row.bytes_per_example for row in rows[1:]] == [256, 4096]
     assert seen[-1] == (12, 12)
     saved = json.loads((tmp_path / "run" / "evaluation" / "sketch.json").read_text())
-    assert saved["num_examples"] == 12
-    assert saved["gradient_dim"] == rows[0].dim
+    assert saved["details"]["num_examples"] == 12
+    assert saved["details"]["gradient_dim"] == rows[0].dim
     assert [row["dim"] for row in saved["rows"]] == [row.dim for row in rows]
 
 

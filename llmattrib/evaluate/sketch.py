@@ -6,7 +6,6 @@ with is read back from the store itself, so its dtype and its bytes are part of 
 the sample in memory (m times the LoRA size, float32).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -19,13 +18,13 @@ from llmattrib.config import RunConfig
 from llmattrib.data import Example, read_examples
 from llmattrib.encoding import Encoded
 from llmattrib.errors import FeatureError, MethodError
+from llmattrib.evaluate.record import Record
 from llmattrib.extraction import calibration_batches, encode_examples, extract_rows
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
 from llmattrib.progress import Progress, silent
 from llmattrib.quantize import quantize
 from llmattrib.query import Run
-from llmattrib.storage import atomic_write
 from llmattrib.store import RowStore
 
 MAX_EXACT_BYTES = 4 << 30
@@ -102,8 +101,12 @@ def sketch_fidelity(
             phi = codes[:, 0].astype(np.float32) * scale[:, None]
             fidelity = kernel_error(phi @ phi.T, kernel)
             rows.append(SketchFidelity("oporp", tried.dim, tried.dim * size, *fidelity, stored=False))
-    report = {"num_examples": len(encoded), "gradient_dim": exact.shape[1], "rows": [asdict(row) for row in rows]}
-    atomic_write(config.layout.path("evaluation", "sketch.json"), (json.dumps(report, indent=2) + "\n").encode())
+    Record(
+        "sketch",
+        [asdict(row) for row in rows],
+        (f"off-diagonal inner products of {len(encoded):,} examples, {exact.shape[1]:,} numbers in an exact gradient",),
+        {"num_examples": len(encoded), "gradient_dim": exact.shape[1]},
+    ).save(config, store.digest())
     return rows
 
 

@@ -15,7 +15,7 @@ from llmattrib.evaluate.lds import lds_of_run
 from llmattrib.evaluate.leave_one_out import leave_one_out_of_run
 from llmattrib.evaluate.mislabel import mislabel_of_run
 from llmattrib.evaluate.planted import planted_of_run
-from llmattrib.evaluate.record import Record, Row
+from llmattrib.evaluate.record import Record, read_record
 from llmattrib.evaluate.scores import RunScores
 from llmattrib.evaluate.signs import signs_of_run
 from llmattrib.evaluate.sketch import sketch_fidelity
@@ -74,9 +74,10 @@ def _exact(config: RunConfig) -> str:
 
 def _sketch(scores: RunScores, progress: Progress) -> Record:
     """Compare the stored sketch with exact inner products, as `evaluate sketch` does at its own width."""
-    (row,) = sketch_fidelity(scores.config, (), SKETCH_EXAMPLES, progress)
-    found: Row = {"kind": row.kind, "dim": row.dim, "frobenius_error": row.frobenius_error, "spearman": row.spearman}
-    return Record("sketch", [found], ("no method can be more exact than the features it is made from",))
+    sketch_fidelity(scores.config, (), SKETCH_EXAMPLES, progress)
+    found = read_record(scores.config, "sketch")
+    assert found is not None
+    return found[0]
 
 
 EVALUATIONS: dict[str, Evaluation] = {

@@ -156,14 +156,14 @@ def write_values(result: ValuesResult, settings: Mapping[str, Any], fingerprint:
     storage.atomic_write(path, (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode())
 
 
-def read_values(csv_path: str, parquet_path: str, fingerprint: Mapping[str, Any]) -> ValuesResult | None:
-    """Return the values that are there, or None when there are none of this fingerprint."""
+def read_values(csv_path: str, parquet_path: str, fingerprint: Mapping[str, Any] | None = None) -> ValuesResult | None:
+    """Return the values that are there, or None when there are none of this fingerprint (of any, when None)."""
     try:
         tree = json.loads(storage.read_bytes(manifest_path(csv_path)))
         rows = pq.read_table(io.BytesIO(storage.read_bytes(parquet_path)), schema=_SCHEMA).to_pylist()
     except (FileNotFoundError, ValueError):  # not whole: as good as none
         return None
-    if not storage.exists(csv_path) or tree.get("fingerprint") != fingerprint:
+    if not storage.exists(csv_path) or fingerprint not in (None, tree.get("fingerprint")):
         return None
     return ValuesResult(
         csv_path=csv_path,
