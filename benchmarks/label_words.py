@@ -25,9 +25,10 @@ import numpy as np
 
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, load_config
+from llmattrib.coordinates import transform
 from llmattrib.evaluate.mislabel import detection, trivial_suspicions
 from llmattrib.evaluate.retrieval import tfidf_scores
-from llmattrib.query import Run, answered_slots, in_slots, transform
+from llmattrib.query import Run, answered_slots, in_slots
 from llmattrib.reader import FeatureReader
 from llmattrib.reduce import reduce_run
 from llmattrib.rng import stream

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmattrib import __version__, cli_evaluate, cli_jobs, cli_report
+from llmattrib import __version__, cli_evaluate, cli_jobs, cli_report, cli_serve
 from llmattrib.cli_options import Config, Debug, Overrides, Part, Quiet
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ app.add_typer(cli_evaluate.app, name="evaluate", rich_help_panel="Results")
 app.command(rich_help_panel="Results")(cli_report.report)
 for command in (cli_jobs.submit, cli_jobs.status):
     app.command(rich_help_panel="On a cluster")(command)
+app.command(rich_help_panel="Results")(cli_serve.serve)
 
 
 def main() -> None:

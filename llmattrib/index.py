@@ -5,24 +5,27 @@
                                 the training set, the denominator of a share, is read off them
     index/<method>.json         written last: digest of the representers, kind, sizes, checksums of the two files
 
-`flat` is exact and holds the vectors themselves; `hnsw` holds them beside a graph and finds nearly all of the best;
-`ivfpq` holds codes of `pq_subquantizers` bytes a row, and its candidates are rescored with the stored
-representers. The most harmful examples are the search with the negated query. All three are built with fixed seeds,
-one thread where the order of work would show, so the same representers give the same bytes.
+`flat` is exact and holds the vectors themselves. `scan` holds them beside codes of 2 bits a coordinate (see
+coordinates.py); a search reads all codes and then the vectors of the `scan_candidates` best, so its values are exact.
+`hnsw` holds the vectors beside a graph. `ivfpq` holds codes of `pq_subquantizers` bytes a row and no vectors; its
+candidates are rescored with the stored representers. The most harmful examples are the search with the negated query.
+All are built with fixed seeds, one thread where the order of work would show, so the same representers give the same
+bytes. Which kind to take, with figures: docs/architecture.md.
 
-Limits: building holds what the index holds (flat and hnsw: n * c * p * 4 bytes); training of ivfpq holds 65,536 rows
-or 256 for each list. A GPU build of faiss searches `flat` and `ivfpq` on the GPUs, up to 2,048 hits.
+Limits: building holds what the index holds (all but ivfpq: n * c * p * 4 bytes); training of scan and ivfpq holds
+65,536 rows, or 256 for each list. Vectors are mapped from a local file and not held when it is searched. A GPU build
+of faiss searches `flat` and `ivfpq` on the GPUs, up to 2,048 hits.
 This module alone imports faiss.
-Source: Douze et al., The Faiss library (2024), arXiv 2401.08281.
+Source: Douze et al., The Faiss library (2024), arXiv 2401.08281; Andre, Kermarrec and Le Scouarnec, Accelerated
+nearest neighbor search with Quick ADC (2017), arXiv 1704.07355.
 """
 
 import io
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,12 +33,27 @@ from jaxtyping import Float, Int
 
 from llmattrib import storage
 from llmattrib.config import RunConfig
-from llmattrib.errors import ConfigError, CorruptShardError, StaleIndexError, StoreNotFoundError
+from llmattrib.coordinates import balance, second_moments
+from llmattrib.errors import ConfigError, CorruptShardError, StoreNotFoundError
+from llmattrib.index_record import (
+    PQ_BITS,
+    SCAN_BITS,
+    SCHEMA,
+    IndexResult,
+    Kind,
+    check_current,
+    check_fits,
+    read_record,
+    resolve_kind,
+    shaping_settings,
+)
 from llmattrib.layout import RunLayout
 from llmattrib.lock import locked
 from llmattrib.progress import Progress, silent
+from llmattrib.reader import check_made_from
 from llmattrib.rng import stream
 from llmattrib.sections import IndexConfig, Method
+from llmattrib.settings import Settings
 from llmattrib.store import RowStore
 
 try:
@@ -47,49 +65,24 @@ except ImportError as missing:
         fix="install llmattrib with the extra `cpu` or `gpu`",
     ) from missing
 
-SCHEMA = 2
 SAMPLE_ROWS = 4096
-POINTS_PER_CENTROID = 39  # faiss warns below this many training rows for each k-means centroid
 MAX_POINTS_PER_CENTROID = 256  # and draws this many above it
-PQ_BITS = 8
 RESCORED = 4  # candidates rescored for each hit of an ivfpq search
 MAX_GPU_HITS = 2048
-
-
-@dataclass(frozen=True)
-class IndexResult:
-    """What `build_index` did.
-
-    Attributes:
-        path: the index.
-        method: whose representers it holds.
-        kind: `flat`, `hnsw` or `ivfpq`.
-        num_rows: n.
-        dim: c * p.
-        num_bytes: size of the file.
-        seconds: time taken.
-        is_reused: whether an index of the same representers and settings was there.
-    """
-
-    path: str
-    method: Method
-    kind: str
-    num_rows: int
-    dim: int
-    num_bytes: int
-    seconds: float
-    is_reused: bool
+SCAN_TRAINING_ROWS = 65_536
+CANDIDATES_PER_HIT = 20  # at least, rescored by a scan
 
 
 class VectorIndex:
     """An opened index. Made by `open_index`."""
 
     def __init__(
-        self, index: Any, config: IndexConfig, representers: RowStore, sample: Float[np.ndarray, "m d"]
+        self, index: Any, kind: Kind, config: IndexConfig, representers: RowStore, sample: Float[np.ndarray, "m d"]
     ) -> None:
-        self._index, self._config, self._representers, self._sample = index, config, representers, sample
+        self._index, self._kind, self._config = index, kind, config
+        self._representers, self._sample = representers, sample
         self._gpu_index = None
-        if config.kind != "hnsw" and faiss.get_num_gpus() > 0:
+        if kind in ("flat", "ivfpq") and faiss.get_num_gpus() > 0:
             options = faiss.GpuMultipleClonerOptions()
             options.shard = True
             self._gpu_index = faiss.index_cpu_to_all_gpus(index, options)
@@ -123,15 +116,17 @@ class VectorIndex:
             Inner products and row numbers, best first, equal ones by row. An approximate index that finds fewer than
             k rows fills up with row -1.
         """
-        k = min(k, self.num_rows)
         sign = np.float32(1 if largest else -1)
-        candidates = min(RESCORED * k, self.num_rows) if self._config.kind == "ivfpq" else k
-        scores, rows = self._search(np.ascontiguousarray(sign * queries, dtype=np.float32), candidates)
-        if self._config.kind == "ivfpq":
-            scores = self._rescore(sign * queries, rows)
-        scores[rows < 0] = -np.inf
-        order = np.lexsort((rows, -scores), axis=1)[:, :k]
-        return sign * np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+        scores, rows = self._best(sign * queries, min(k, self.num_rows))
+        return sign * scores, rows
+
+    def extremes(
+        self, queries: Float[np.ndarray, "q d"], k: int
+    ) -> tuple[tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]], ...]:
+        """Return `search` for the largest and for the smallest inner products; one pass where it is a scan."""
+        scores, rows = self._best(np.concatenate([queries, -queries]), min(k, self.num_rows))
+        num = len(queries)
+        return (scores[:num], rows[:num]), (-scores[num:], rows[num:])
 
     def vectors(self, rows: Int[np.ndarray, " k"]) -> Float[np.ndarray, "k d"]:
         """Read representers from their store; each costs the read of its chunk of about 64 rows."""
@@ -144,14 +139,27 @@ class VectorIndex:
         total = np.abs(np.matmul(queries, self._sample.T)).sum(1, dtype=np.float64)
         return np.asarray(scale * total, dtype=np.float32)
 
+    def _best(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the k largest inner products and their rows, in order."""
+        candidates = min(RESCORED * k, self.num_rows) if self._kind == "ivfpq" else k
+        scores, rows = self._search(np.ascontiguousarray(queries, dtype=np.float32), candidates)
+        if self._kind == "ivfpq":
+            scores = self._rescore(queries, rows)
+        scores[rows < 0] = -np.inf
+        order = np.lexsort((rows, -scores), axis=1)[:, :k]
+        return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if self._gpu_index is not None and k <= MAX_GPU_HITS:
             scores, rows = self._gpu_index.search(queries, k)
             return scores, rows
         parameters = None
-        if self._config.kind == "hnsw":
+        if self._kind == "scan":
+            candidates = min(max(self._config.scan_candidates, CANDIDATES_PER_HIT * k), self.num_rows)
+            parameters = faiss.IndexRefineSearchParameters(k_factor=(candidates + 0.5) / k)  # faiss rounds down
+        elif self._kind == "hnsw":
             parameters = faiss.SearchParametersHNSW(efSearch=max(self._config.hnsw_ef_search, k))
-        elif self._config.kind == "ivfpq":
+        elif self._kind == "ivfpq":
             parameters = faiss.SearchParametersIVF(nprobe=self._config.ivf_probes)
         scores, rows = self._index.search(queries, k, params=parameters)
         return scores, rows
@@ -189,22 +197,23 @@ def build_index(config: RunConfig, method: Method, progress: Progress = silent) 
     began = time.perf_counter()
     layout = config.layout
     store = _open_representers(layout, method)
-    settings = _build_settings(config.index)
-    stored = _read_manifest(layout.index_manifest(method))
+    num_rows, dim = store.manifest.num_rows, store.manifest.num_outputs * store.manifest.dim
+    kind = resolve_kind(config.index, num_rows, dim)
+    stored = read_record(layout.index_manifest(method))
     path = layout.index(method)
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "method": method,
         "representers": store.digest(),
-        "settings": settings,
-        "num_rows": store.manifest.num_rows,
-        "dim": store.manifest.num_outputs * store.manifest.dim,
+        "settings": shaping_settings(config.index, kind),
+        "num_rows": num_rows,
+        "dim": dim,
     }
     is_reused = stored is not None and storage.exists(path) and manifest.items() <= stored.items()
     if stored is not None and is_reused:
         manifest = stored
     else:
-        index, sample = _fill(store, config, progress)
+        index, sample = _fill(kind, store, config, progress)
         with locked(layout.path("index")):
             storage.remove(layout.index_manifest(method))
             manifest["num_bytes"] = _write_index(index, path)
@@ -215,8 +224,7 @@ def build_index(config: RunConfig, method: Method, progress: Progress = silent) 
             text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
             storage.atomic_write(layout.index_manifest(method), text.encode())
     seconds = time.perf_counter() - began
-    sizes = manifest["num_rows"], manifest["dim"], manifest["num_bytes"]
-    return IndexResult(path, method, config.index.kind, *sizes, seconds, is_reused)
+    return IndexResult(path, method, kind, num_rows, dim, manifest["num_bytes"], seconds, is_reused)
 
 
 def open_index(config: RunConfig, method: Method) -> VectorIndex:
@@ -228,7 +236,7 @@ def open_index(config: RunConfig, method: Method) -> VectorIndex:
         CorruptShardError: the file is not what was written.
     """
     layout = config.layout
-    manifest = _read_manifest(layout.index_manifest(method))
+    manifest = read_record(layout.index_manifest(method))
     if manifest is None:
         raise StoreNotFoundError(
             f"there is no index at {layout.index(method)}",
@@ -236,10 +244,10 @@ def open_index(config: RunConfig, method: Method) -> VectorIndex:
             fix="run `llmattrib index` first",
         )
     store = _open_representers(layout, method)
-    _check_current(layout.index(method), manifest, store, config.index)
+    kind = check_current(layout.index(method), manifest, store, config.index)
     index = _read_index(layout.index(method), manifest["num_bytes"])
     sample = np.load(io.BytesIO(_read(layout.index_sample(method))), allow_pickle=False)
-    return VectorIndex(index, config.index, store, sample)
+    return VectorIndex(index, kind, config.index, store, sample)
 
 
 def _open_representers(layout: RunLayout, method: Method) -> RowStore:
@@ -248,63 +256,66 @@ def _open_representers(layout: RunLayout, method: Method) -> RowStore:
     return store
 
 
-def _build_settings(config: IndexConfig) -> dict[str, Any]:
-    """Return the settings that shape the file; those of a search alone are left out."""
-    names = {
-        "flat": (),
-        "hnsw": ("hnsw_neighbors", "hnsw_ef_construction"),
-        "ivfpq": ("ivf_lists", "pq_subquantizers"),
-    }
-    return {"kind": config.kind} | {name: getattr(config, name) for name in names[config.kind]}
-
-
-def _read_manifest(path: str) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads(storage.read_bytes(path))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return None  # not whole: as good as no index
-    return manifest if isinstance(manifest, dict) and manifest.get("schema") == SCHEMA else None
-
-
-def _check_current(path: str, manifest: dict[str, Any], store: RowStore, config: IndexConfig) -> None:
-    if manifest["representers"] != store.digest():
-        raise StaleIndexError(
-            f"{path} was built from other representers than {store.path} holds now",
-            expected="an index of the present representers",
-            fix="run `llmattrib index` again",
-        )
-    wanted = _build_settings(config)
-    if manifest["settings"] != wanted:
-        raise StaleIndexError(
-            f"{path} was built with {_named(manifest['settings'])}",
-            expected=f"{_named(wanted)}, as the config says",
-            fix="run `llmattrib index` again, or restore the settings",
-        )
-
-
-def _named(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={settings[name]}" for name in sorted(settings))
-
-
-def _fill(store: RowStore, config: RunConfig, progress: Progress) -> tuple[Any, np.ndarray]:
-    """Return the filled index and the sample of representers, in one pass (two for ivfpq)."""
+def _fill(kind: Kind, store: RowStore, config: RunConfig, progress: Progress) -> tuple[Any, np.ndarray]:
+    """Return the filled index and the sample of representers, in one pass (two for scan and ivfpq)."""
     num_rows, dim = store.manifest.num_rows, store.manifest.num_outputs * store.manifest.dim
-    index = _empty_index(config.index, num_rows, dim, config.seed)
+    check_fits(config.index, kind, num_rows, dim)
     sampled = _draw(config.seed, "shares", num_rows, SAMPLE_ROWS)
     sample = np.empty((len(sampled), dim), np.float32)
     with _one_thread():
-        if not index.is_trained:
+        if kind == "scan":
+            index, add = _empty_scan(store, config)
+        else:
+            index = _empty_index(kind, config.index, dim, config.seed)
+            add = index.add
+        if kind == "ivfpq":
             most = MAX_POINTS_PER_CENTROID * max(config.index.ivf_lists, 1 << PQ_BITS)
             index.train(_gather(store, _draw(config.seed, "training", num_rows, most)))
         for start, rows in store.blocks():
             vectors = np.ascontiguousarray(rows.reshape(len(rows), -1))
-            index.add(vectors)
+            add(vectors)
             first, last = np.searchsorted(sampled, (start, start + len(rows)))
             sample[first:last] = vectors[sampled[first:last] - start]
             progress(start + len(rows), num_rows)
     return index, sample
+
+
+def _empty_scan(store: RowStore, config: RunConfig) -> tuple[Any, Callable[[np.ndarray], None]]:
+    """Return a trained index without rows, and what adds rows to it.
+
+    Queries are mapped by the index itself; rows have another map, so they are added to its parts.
+    """
+    num_rows, outputs, dim = store.manifest.num_rows, store.manifest.num_outputs, store.manifest.dim
+    settings = Settings.stored(store.manifest.info)
+    features = RowStore.open(config.layout.features)
+    features.require_complete()
+    check_made_from(store, features)
+    moments = second_moments(
+        features,
+        store.read_vector("mean"),
+        settings.normalize,
+        SCAN_TRAINING_ROWS,
+        stream(config.seed, "index", "queries"),
+    )
+    sample = _gather(store, _draw(config.seed, "training", num_rows, SCAN_TRAINING_ROWS))
+    rotation = stream(config.seed, "index", "rotation")
+    maps = balance(moments, sample.reshape(-1, outputs, dim), config.index.scan_tail, rotation)
+    width = maps.of_rows.shape[1]
+    codes = faiss.IndexPQFastScan(width, width // 2, SCAN_BITS, faiss.METRIC_INNER_PRODUCT)
+    codes.pq.cp.seed = int(stream(config.seed, "index", "k-means").integers(1, 1 << 30))
+    codes.train(np.matmul(sample, maps.of_rows))
+    turn = faiss.LinearTransform(outputs * dim, width, False)
+    faiss.copy_array_to_vector(np.ascontiguousarray(maps.of_queries.T).ravel(), turn.A)
+    turn.is_trained = True
+    coded, vectors = faiss.IndexPreTransform(turn, codes), faiss.IndexFlatIP(outputs * dim)
+    index = faiss.IndexRefine(coded, vectors)
+
+    def add(rows: np.ndarray) -> None:
+        codes.add(np.matmul(rows, maps.of_rows))
+        vectors.add(rows)
+        coded.ntotal = index.ntotal = vectors.ntotal
+
+    return index, add
 
 
 def _draw(seed: int, name: str, num_rows: int, most: int) -> np.ndarray:
@@ -322,27 +333,13 @@ def _gather(store: RowStore, wanted: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _empty_index(config: IndexConfig, num_rows: int, dim: int, seed: int) -> Any:
-    if config.kind == "flat":
+def _empty_index(kind: Kind, config: IndexConfig, dim: int, seed: int) -> Any:
+    if kind == "flat":
         return faiss.IndexFlatIP(dim)
-    if config.kind == "hnsw":
+    if kind == "hnsw":
         index = faiss.IndexHNSWFlat(dim, config.hnsw_neighbors, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = config.hnsw_ef_construction
         return index
-    needed = POINTS_PER_CENTROID * max(config.ivf_lists, 1 << PQ_BITS)
-    if num_rows < needed:
-        raise ConfigError(
-            f"index.kind=ivfpq with {config.ivf_lists} lists, and {num_rows:,} examples",
-            expected=f"{needed:,} examples or more to train it",
-            fix="set index.kind=flat: it is exact and needs no training",
-        )
-    if dim % config.pq_subquantizers:
-        fitting = [size for size in range(1, min(dim, 256) + 1) if dim % size == 0]
-        raise ConfigError(
-            f"index.pq_subquantizers={config.pq_subquantizers} does not divide the {dim} dimensions",
-            expected=f"one of {', '.join(map(str, fitting))}",
-            fix="set index.pq_subquantizers to one of these",
-        )
     index = faiss.IndexIVFPQ(
         faiss.IndexFlatIP(dim), dim, config.ivf_lists, config.pq_subquantizers, PQ_BITS, faiss.METRIC_INNER_PRODUCT
     )
@@ -417,7 +414,7 @@ def verify_index(path: str, sample: str, manifest_path: str, store: RowStore | N
     Returns:
         What is wrong with it; empty when it is sound.
     """
-    manifest = _read_manifest(manifest_path)
+    manifest = read_record(manifest_path)
     if manifest is None:
         return "was not written to its end"
     try:
@@ -433,8 +430,10 @@ def verify_index(path: str, sample: str, manifest_path: str, store: RowStore | N
         return f"was built from other representers than {store.path} holds now"
     if (index.ntotal, index.d) != (store.manifest.num_rows, store.manifest.num_outputs * store.manifest.dim):
         return f"holds {index.ntotal:,} vectors of {index.d:,} numbers, and the representers are of another number"
-    if manifest["settings"]["kind"] != "ivfpq":  # the others hold the vectors themselves
+    kind = manifest["settings"]["kind"]
+    if kind != "ivfpq":  # the others hold the vectors themselves
+        vectors = faiss.downcast_index(index.refine_index) if kind == "scan" else index
         for start, rows in store.blocks():
-            if not np.array_equal(index.reconstruct_n(start, len(rows)), rows.reshape(len(rows), -1)):
+            if not np.array_equal(vectors.reconstruct_n(start, len(rows)), rows.reshape(len(rows), -1)):
                 return f"holds other vectors than the representers, from row {start} on"
     return ""

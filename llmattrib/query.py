@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Float, Int
 
 from llmattrib.config import RunConfig, load_config
+from llmattrib.coordinates import transform
 from llmattrib.data import Example, Message, label_word, read_examples
 from llmattrib.encoding import Encoded, collate, encode, encode_prompt, end_of_turn_id, length_batches
-from llmattrib.errors import ConfigError, FingerprintMismatchError, MethodError, StaleIndexError
+from llmattrib.errors import ConfigError, FingerprintMismatchError, MethodError
 from llmattrib.estimators.q_profile import QProfile
 from llmattrib.extraction import batch_memory, extract_rows, load_extractor, model_fingerprint
 from llmattrib.features.extract import Extractor
@@ -34,9 +35,8 @@ from llmattrib.manifest import differing
 from llmattrib.methods import canonical
 from llmattrib.preconditioner import load_curvature
 from llmattrib.progress import Progress, silent
-from llmattrib.reader import FeatureReader
+from llmattrib.reader import FeatureReader, check_made_from
 from llmattrib.rerank import ExactScorer, check_rerank
-from llmattrib.scorers.gradient import unit_rows
 from llmattrib.sections import Method
 from llmattrib.semivalues import follow
 from llmattrib.settings import Settings
@@ -44,13 +44,6 @@ from llmattrib.store import RowStore
 
 Pool = tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]
 """Values and rows found for each query, best first."""
-
-
-def transform(
-    phi: Float[np.ndarray, "q c p"], mean: Float[np.ndarray, "c p"], normalize: bool
-) -> Float[np.ndarray, "q c p"]:
-    """Centre and scale query features as the representers of a method expect them."""
-    return unit_rows(phi - mean) if normalize else phi - mean
 
 
 def in_slots(rows: Float[np.ndarray, "q c p"], slots: Int[np.ndarray, " q"]) -> Float[np.ndarray, "q c p"]:
@@ -74,12 +67,7 @@ def current_representers(config: RunConfig, method: Method, features: RowStore) 
     """
     store = RowStore.open(config.layout.representers(method), made_by="llmattrib reduce")
     store.require_complete("llmattrib reduce")
-    if store.manifest.fingerprint["features"] != features.digest():
-        raise StaleIndexError(
-            f"{store.path} was made from other features than {features.path} holds now",
-            expected="representers and an index of the present features",
-            fix="run `llmattrib reduce` and `llmattrib index` again",
-        )
+    check_made_from(store, features)
     return store
 
 
@@ -135,6 +123,16 @@ class Run:
             overrides: `section.key=value` strings.
         """
         return cls(load_config(path, overrides))
+
+    def load(self, methods: Sequence[str] | None = None) -> None:
+        """Load now what queries need: texts, the model, representers and indices; by default of the config's method.
+
+        Raises:
+            As `query`.
+        """
+        for method in self.methods(methods):
+            self._attribution(method)
+        _ = self.examples, self.extractor, self.sketch
 
     @cached_property
     def examples(self) -> list[Example]:
@@ -221,7 +219,7 @@ class Run:
         hits: dict[Method, list[Hits]] = {}
         for method, attribution in found.items():
             vectors = attribution.query_vectors(phi, slots)
-            pools = [attribution.index.search(vectors, max(top, rerank), largest) for largest in (True, False)]
+            pools = list(attribution.index.extremes(vectors, max(top, rerank)))
             if rerank:
                 pools = self._reranked(attribution, examples, encoded, pools)
             magnitudes, totals = attribution.index.sum_of_magnitudes(vectors), vectors @ attribution.total

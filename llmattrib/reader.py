@@ -11,7 +11,7 @@ from jaxtyping import Float
 from scipy.special import expit
 
 from llmattrib.distributed import Ranks
-from llmattrib.errors import MethodError
+from llmattrib.errors import MethodError, StaleIndexError
 from llmattrib.games.kernel import LOO_GRID, FeatureRows, KernelGame
 from llmattrib.scorers.datainf import ColumnBlock
 from llmattrib.scorers.gradient import absolute_ridge, unit_rows
@@ -135,6 +135,20 @@ class FeatureReader:
         features = self.features(settings, output)
         lam = absolute_ridge(features, ridge)
         return KernelGame(features.space.coordinates, self.responses(settings.response, output), lam)
+
+
+def check_made_from(representers: RowStore, features: RowStore) -> None:
+    """Compare representers with the features that are there.
+
+    Raises:
+        StaleIndexError: they were made from other features.
+    """
+    if representers.manifest.fingerprint["features"] != features.digest():
+        raise StaleIndexError(
+            f"{representers.path} was made from other features than {features.path} holds now",
+            expected="representers and an index of the present features",
+            fix="run `llmattrib reduce` and `llmattrib index` again",
+        )
 
 
 def choose_ridge(

@@ -40,6 +40,7 @@ COMMANDS = (
     "demo",
     "verify",
     "evaluate",
+    "serve",
 )
 
 

@@ -1,8 +1,10 @@
 """The index against plain inner products: values, order, harmful side, shares, reuse, staleness, damage."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import pytest
 
 from llmattrib.config import RunConfig, validate_config
 from llmattrib.errors import ConfigError, CorruptShardError, IncompleteStoreError, StaleIndexError, StoreNotFoundError
-from llmattrib.index import SAMPLE_ROWS, build_index, open_index
+from llmattrib.index import SAMPLE_ROWS, build_index, open_index, verify_index
+from llmattrib.index_record import check_fits, resolve_kind
 from llmattrib.manifest import Manifest
+from llmattrib.plan.cost import index_bytes
 from llmattrib.rng import stream
-from llmattrib.sections import IndexConfig
+from llmattrib.sections import IndexConfig, ReduceConfig
+from llmattrib.settings import resolve
 from llmattrib.store import RowStore
 
 
@@ -31,6 +36,22 @@ def write_representers(config: RunConfig, rows: np.ndarray, seed: str = "a", sha
     for shard in store.pending()[:shards]:
         start, stop = store.shard_range(shard)
         store.write_shard(shard, rows[start:stop], {})
+
+
+def write_both(config: RunConfig, rows: np.ndarray, features: np.ndarray | None = None, center: bool = True) -> None:
+    """Representers with the features they are of, which a scan index needs."""
+    n, c, p = rows.shape
+    fingerprint = {"features": {"output": "loss"}, "encoding": {"label_words": []}}
+    store = RowStore.create(config.layout.features, Manifest("features", n, c, p, "float32", 1024, (), fingerprint))
+    features = rows if features is None else features
+    for shard in store.pending():
+        store.write_shard(shard, features[slice(*store.shard_range(shard))], {})
+    settings = resolve(ReduceConfig(center=center), "trak", "loss", False, n)
+    manifest = Manifest("representers", n, c, p, "float32", 1024, (), {"features": store.digest()}, asdict(settings))
+    kept = RowStore.create(config.layout.representers("trak"), manifest)
+    kept.write_vector("mean", features.mean(0) if center else np.zeros((c, p), np.float32))
+    for shard in kept.pending():
+        kept.write_shard(shard, rows[slice(*kept.shard_range(shard))], {})
 
 
 def draw(n: int, c: int, p: int, seed: int = 0) -> np.ndarray:
@@ -110,7 +131,8 @@ def test_share_denominator_is_estimated_from_a_fixed_sample_above_its_size(tmp_p
     assert set(map(bytes, sample)) <= set(map(bytes, rows.reshape(n, 8)))
 
 
-APPROXIMATE = {
+APPROXIMATE: dict[str, dict[str, Any]] = {
+    "scan": {"kind": "scan", "scan_candidates": 300},
     "hnsw": {"kind": "hnsw", "hnsw_neighbors": 16, "hnsw_ef_construction": 80, "hnsw_ef_search": 128},
     "ivfpq": {"kind": "ivfpq", "ivf_lists": 32, "ivf_probes": 12, "pq_subquantizers": 8},
 }
@@ -121,7 +143,7 @@ def test_approximate_index_finds_nearly_all_with_exact_values(tmp_path: Path, ki
     config = make_run(tmp_path, **APPROXIMATE[kind])
     rows = clustered(10_000, 16)
     queries = clustered(40, 16).reshape(40, -1)
-    write_representers(config, rows)
+    write_both(config, rows)
     assert build_index(config, "trak").kind == kind
     index = open_index(config, "trak")
     exact = queries @ rows.reshape(len(rows), -1).T
@@ -132,6 +154,97 @@ def test_approximate_index_finds_nearly_all_with_exact_values(tmp_path: Path, ki
         assert recall > 0.9, (kind, largest, recall)
         np.testing.assert_allclose(scores, np.take_along_axis(exact, found, axis=1), rtol=1e-4, atol=1e-4)
         assert (np.diff(scores if largest else -scores, axis=1) <= 0).all()
+        both = index.extremes(queries, 10)[0 if largest else 1]
+        np.testing.assert_array_equal(both[1], found)
+        np.testing.assert_allclose(both[0], scores, rtol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_scan_finds_what_nearly_white_representers_answer_to_queries_along_few_directions(
+    tmp_path: Path, outputs: int
+) -> None:
+    """Codes in the representers' own coordinates miss most of these."""
+    n, p = 6_000, 48 // outputs
+    spread = (10.0 ** -np.linspace(0, 2, p)).astype(np.float32)
+    turn = np.linalg.qr(draw(1, p, p, seed=3)[0])[0]
+    features = (draw(n, outputs, p) * spread + 0.3) @ turn
+    rows = (draw(n, outputs, p, seed=2) / spread) @ turn
+    config = make_run(tmp_path, kind="scan", scan_candidates=200)
+    write_both(config, rows, features)
+    result = build_index(config, "trak")
+    sample = Path(config.layout.index_sample("trak")).stat().st_size
+    assert index_bytes(config.index, n, outputs * p) == pytest.approx(result.num_bytes + sample, rel=0.02)
+    queries = ((draw(40, outputs, p, seed=1) * spread) @ turn).reshape(40, -1)
+    exact = queries @ rows.reshape(n, -1).T
+    best = np.argsort(-exact, axis=1)[:, :10]
+
+    def recall(found: np.ndarray) -> float:
+        return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), best.tolist(), strict=True)]))
+
+    found = open_index(config, "trak").search(queries, 10)[1]
+    assert recall(found) > 0.97
+    plain = faiss.IndexPQFastScan(outputs * p, outputs * p // 2, 4, faiss.METRIC_INNER_PRODUCT)
+    plain.train(rows.reshape(n, -1))
+    plain.add(rows.reshape(n, -1))
+    rough = plain.search(queries, 200)[1]
+    kept = [row[np.argsort(-exact[k, row])[:10]] for k, row in enumerate(rough)]
+    assert recall(np.array(kept)) < 0.8
+
+
+def test_a_scan_of_all_rows_is_exact_and_verified(tmp_path: Path) -> None:
+    config = make_run(tmp_path, kind="scan", scan_candidates=700)
+    rows, queries = draw(700, 2, 5), draw(3, 2, 5, seed=1).reshape(3, -1)
+    write_both(config, rows)
+    build_index(config, "trak")
+    scores, found = open_index(config, "trak").search(queries, 700)
+    exact = queries @ rows.reshape(700, -1).T
+    np.testing.assert_array_equal(found, np.argsort(-exact, axis=1))
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, found, 1), rtol=1e-4, atol=1e-5)
+    layout = config.layout
+    store = RowStore.open(layout.representers("trak"))
+    files = layout.index("trak"), layout.index_sample("trak"), layout.index_manifest("trak")
+    assert verify_index(*files, store) == ""
+    other = make_run(tmp_path, "other", kind="scan")
+    write_both(other, draw(700, 2, 5, seed=9))
+    manifest = Path(files[2])
+    record = json.loads(manifest.read_text())
+    other_store = RowStore.open(other.layout.representers("trak"))
+    manifest.write_text(json.dumps(record | {"representers": other_store.digest()}))
+    assert "other vectors than the representers" in verify_index(*files, other_store)
+
+
+def test_a_scan_needs_the_features_its_representers_are_of(tmp_path: Path) -> None:
+    config = make_run(tmp_path, kind="scan")
+    write_both(config, draw(700, 1, 8))
+    shutil.rmtree(config.layout.features)
+    with pytest.raises(StoreNotFoundError, match="run `llmattrib build` first"):
+        build_index(config, "trak")
+    write_both(make_run(tmp_path, "other"), draw(700, 1, 8, seed=1))
+    shutil.copytree(make_run(tmp_path, "other").layout.features, config.layout.features)
+    with pytest.raises(StaleIndexError, match="was made from other features"):
+        build_index(config, "trak")
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_rows", "dim", "resolved"),
+    [
+        ("auto", 99_999, 512, "flat"),
+        ("auto", 100_000, 512, "scan"),
+        ("auto", 10**6, 8193, "flat"),
+        ("hnsw", 9, 9, "hnsw"),
+    ],
+)
+def test_auto_is_flat_where_that_is_quick(kind: Any, num_rows: int, dim: int, resolved: str) -> None:
+    assert resolve_kind(IndexConfig(kind=kind), num_rows, dim) == resolved
+
+
+def test_a_scan_of_too_few_or_too_wide_rows_says_what_fits(tmp_path: Path) -> None:
+    config = make_run(tmp_path, kind="scan")
+    write_representers(config, draw(300, 1, 12))
+    with pytest.raises(ConfigError, match=r"kind=scan, and 300 examples\n  expected: 624 examples.*\n.*kind=flat"):
+        build_index(config, "trak")
+    with pytest.raises(ConfigError, match=r"of 8,193 numbers\n  expected: 8,192 or fewer"):
+        check_fits(IndexConfig(), "scan", 10_000, 8193)
 
 
 def test_ivfpq_that_finds_too_few_fills_up_with_row_minus_one(tmp_path: Path) -> None:
@@ -146,12 +259,12 @@ def test_ivfpq_that_finds_too_few_fills_up_with_row_minus_one(tmp_path: Path) ->
     assert (scores[0][missing] == -np.inf).all()
 
 
-@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
+@pytest.mark.parametrize("kind", ["flat", "scan", "hnsw", "ivfpq"])
 def test_two_builds_give_the_same_bytes(tmp_path: Path, kind: str) -> None:
     files = []
     for name in ("one", "two"):
         config = make_run(tmp_path, name, **APPROXIMATE.get(kind, {}))
-        write_representers(config, clustered(10_000, 16))
+        write_both(config, clustered(10_000, 16))
         faiss.omp_set_num_threads(2)  # building takes one all the same
         build_index(config, "trak")
         assert faiss.omp_get_max_threads() == 2

@@ -30,13 +30,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
 
 from llmattrib.config import RunConfig
+from llmattrib.coordinates import transform
 from llmattrib.data import read_column
 from llmattrib.errors import ConfigError, DataError, MethodError
 from llmattrib.evaluate.record import Record, Row
 from llmattrib.evaluate.retrieval import tfidf_scores
 from llmattrib.evaluate.scores import RunScores
 from llmattrib.games.kernel import KernelGame
-from llmattrib.query import answered_slots, current_representers, in_slots, transform
+from llmattrib.query import answered_slots, current_representers, in_slots
 from llmattrib.reader import FeatureReader, choose_ridge
 from llmattrib.rng import stream
 from llmattrib.sections import Method

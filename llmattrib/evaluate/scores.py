@@ -25,12 +25,13 @@ from jaxtyping import Bool, Float
 from sklearn.feature_extraction.text import CountVectorizer
 
 from llmattrib.config import RunConfig
+from llmattrib.coordinates import transform
 from llmattrib.data import Example, load_validation_examples
 from llmattrib.encoding import Encoded, collate, length_batches
 from llmattrib.evaluate.retrieval import tfidf_scores
 from llmattrib.extraction import batch_memory, encode_examples
 from llmattrib.progress import Progress, silent
-from llmattrib.query import Run, answered_slots, current_representers, in_slots, transform
+from llmattrib.query import Run, answered_slots, current_representers, in_slots
 from llmattrib.rng import stream
 from llmattrib.scorers.gradient import unit_rows
 from llmattrib.sections import Method

@@ -12,7 +12,8 @@ import numpy as np
 from llmattrib.config import RunConfig
 from llmattrib.estimators.mean_field import LARGE, MeanField
 from llmattrib.features.curvature import fit_bytes
-from llmattrib.index import MAX_POINTS_PER_CENTROID, PQ_BITS, SAMPLE_ROWS
+from llmattrib.index import MAX_POINTS_PER_CENTROID, SAMPLE_ROWS, SCAN_TRAINING_ROWS
+from llmattrib.index_record import PQ_BITS, resolve_kind
 from llmattrib.manifest import Manifest
 from llmattrib.plan.shape import ModelShape
 from llmattrib.sections import IndexConfig, Method
@@ -152,10 +153,12 @@ def index_bytes(config: IndexConfig, num_rows: int, dim: int) -> int:
         dim: c * p.
     """
     vector = _VECTOR_BYTES * dim
-    sample = min(num_rows, SAMPLE_ROWS) * vector
-    if config.kind == "flat":
+    sample, kind = min(num_rows, SAMPLE_ROWS) * vector, resolve_kind(config, num_rows, dim)
+    if kind == "flat":
         return num_rows * vector + sample
-    if config.kind == "hnsw":  # level l >= 1 holds M^-l of the rows; offsets 8 bytes, levels 4
+    if kind == "scan":  # at most: codes are of as many coordinates as the data need
+        return num_rows * (vector + dim // 4) + dim * vector + sample
+    if kind == "hnsw":  # level l >= 1 holds M^-l of the rows; offsets 8 bytes, levels 4
         m = config.hnsw_neighbors
         links = 2 * m + (m / (m - 1) if m > 1 else 1)
         return num_rows * (vector + 12) + round(4 * links * num_rows) + sample
@@ -165,12 +168,16 @@ def index_bytes(config: IndexConfig, num_rows: int, dim: int) -> int:
 
 def index_flops(config: IndexConfig, num_rows: int, dim: int) -> dict[str, int]:
     """Return the FLOPs of building one method's index (`build`) and of one query (`search`)."""
-    product = 2 * dim
-    if config.kind == "flat":
+    product, kind = 2 * dim, resolve_kind(config, num_rows, dim)
+    if kind == "flat":
         return {"build": 0, "search": num_rows * product}
-    if (
-        config.kind == "hnsw"
-    ):  # a search of width ef looks at about 2 M neighbours of each of ef nodes, half of them new
+    if kind == "scan":  # two moments and the mapping; a code of two coordinates is one look-up
+        moments = 2 * min(num_rows, SCAN_TRAINING_ROWS) * product * dim
+        return {
+            "build": moments + num_rows * product * dim,
+            "search": num_rows * dim // 2 + (dim + config.scan_candidates) * product,
+        }
+    if kind == "hnsw":  # a search of width ef looks at about 2 M neighbours of each of ef nodes, half of them new
         looked = config.hnsw_neighbors * product
         return {
             "build": num_rows * config.hnsw_ef_construction * looked,

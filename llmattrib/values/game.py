@@ -17,12 +17,13 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from llmattrib.coordinates import transform
 from llmattrib.errors import MethodError
 from llmattrib.estimators.permutation import Utility, accuracy, log_likelihood
 from llmattrib.estimators.subset import Subset
 from llmattrib.games.kernel import KernelGame
 from llmattrib.games.kernel_subsets import KernelUtility
-from llmattrib.query import answered_slots, in_slots, transform
+from llmattrib.query import answered_slots, in_slots
 from llmattrib.reader import FeatureReader, choose_ridge
 from llmattrib.settings import Settings
 from llmattrib.values.validation import Validation

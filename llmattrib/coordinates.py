@@ -1,0 +1,104 @@
+"""Coordinates in which every part of a representer weighs alike on a query: what the codes of a `scan` index are of.
+
+A code replaces a representer v by v + e, which makes the value <q, v> of a query wrong by <q, e>. With S = E[q q^T],
+
+    v' = S^1/2 v,   q' = S^-1/2 q,   <q', v'> = <q, v>,   E <q, e>^2 = |e'|^2
+
+so the code with the least squared error of v' has the least error of values. Representers of influence and TRAK need
+this: they are nearly white while queries lie along a few directions. The rows' principal axes in these coordinates are
+kept until the rest holds no more than `tail` of E <q, v>^2, and then turned at random, so that each coordinate holds as
+much as any other. Queries are taken to be distributed as the features of the training examples.
+
+Limits: [d, d] float64 three times over, d = c * p; a small eigenvalue of S is raised to 1e-3 of the mean one.
+Source: the asymmetric error of product quantisation is Jegou, Douze and Schmid (2011), section III; weighting it by the
+queries is the ordinary argument of weighted least squares.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from llmattrib.scorers.gradient import unit_rows
+from llmattrib.store import RowStore
+
+FLOOR = 1e-3
+
+
+def transform(
+    phi: Float[np.ndarray, "q c p"], mean: Float[np.ndarray, "c p"], normalize: bool
+) -> Float[np.ndarray, "q c p"]:
+    """Centre and scale query features as the representers of a method expect them."""
+    return unit_rows(phi - mean) if normalize else phi - mean
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Two linear maps that keep inner products, but for `dropped`.
+
+    Attributes:
+        of_rows: representers @ of_rows are their coordinates.
+        of_queries: the same of queries.
+        dropped: the share of E <q, v>^2 that is not kept.
+    """
+
+    of_rows: Float[np.ndarray, "d k"]
+    of_queries: Float[np.ndarray, "d k"]
+    dropped: float
+
+
+def second_moments(
+    features: RowStore, mean: Float[np.ndarray, "c p"], normalize: bool, most: int, random: np.random.Generator
+) -> Float[np.ndarray, "c p p"]:
+    """Return E[q q^T] of each output over the training examples, transformed as queries are.
+
+    Args:
+        features: the feature store.
+        mean: subtracted.
+        normalize: whether rows are scaled to unit norm.
+        most: rows to read, in whole shards drawn at random.
+        random: draws them.
+    """
+    wanted = -(-most // features.manifest.shard_size)
+    shards = sorted(random.permutation(features.num_shards)[:wanted].tolist())
+    total, num_rows = np.zeros((*mean.shape, mean.shape[1])), 0
+    for _, rows in features.blocks(shards):
+        moved = transform(rows, mean, normalize).transpose(1, 0, 2).astype(np.float64)
+        total += np.matmul(moved.transpose(0, 2, 1), moved)
+        num_rows += len(rows)
+    return total / num_rows
+
+
+def balance(
+    moments: Float[np.ndarray, "c p p"], rows: Float[np.ndarray, "m c p"], tail: float, random: np.random.Generator
+) -> Coordinates:
+    """Choose the coordinates.
+
+    Args:
+        moments: E[q q^T] of each output.
+        rows: a sample of representers.
+        tail: share of E <q, v>^2 that may be dropped.
+        random: draws the rotation.
+
+    Returns:
+        Coordinates of k dimensions, an even number: a last one may be zero.
+    """
+    dim = rows.shape[1] * rows.shape[2]
+    values, axes = np.linalg.eigh(moments)
+    spread = np.sqrt(np.maximum(values, FLOOR * values.mean(axis=1, keepdims=True)))
+    roots, inverses = (np.matmul(axes * scale[:, None], axes.transpose(0, 2, 1)) for scale in (spread, 1 / spread))
+    gram = np.zeros((dim, dim))
+    for start in range(0, len(rows), 4096):
+        moved = np.einsum("mcp,cpk->mck", rows[start : start + 4096], roots, optimize=True).reshape(-1, dim)
+        gram += moved.T @ moved
+    energy, principal = np.linalg.eigh(gram)
+    left = np.cumsum(np.maximum(energy, 0))  # smallest first
+    num_dropped = int(np.searchsorted(left, tail * left[-1], side="right"))
+    kept = principal[:, num_dropped:]
+    turned = kept @ np.linalg.qr(random.standard_normal((kept.shape[1], kept.shape[1])))[0]
+    if turned.shape[1] % 2:
+        turned = np.concatenate([turned, np.zeros((dim, 1))], axis=1)
+    parts = turned.reshape(*rows.shape[1:], -1)
+    of_rows, of_queries = (np.matmul(root, parts).reshape(dim, -1).astype(np.float32) for root in (roots, inverses))
+    dropped = left[num_dropped - 1] / left[-1] if num_dropped else 0.0
+    return Coordinates(of_rows, of_queries, float(dropped))
