@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from llmattrib.build import build_features
-from llmattrib.config import RunConfig, validate_config
+from llmattrib.config import RunConfig, load_config, validate_config
 from llmattrib.index import build_index, open_index
 from llmattrib.manifest import Manifest
 from llmattrib.rng import stream
@@ -223,6 +223,84 @@ def results() -> dict[str, Any]:
     return dict(json.loads(RESULT.read_text())) if RESULT.exists() else {}
 
 
+def warm(rounds: int) -> dict[str, Any]:
+    """Time queries of an opened run of SmolLM2 and forward and backward of the same tokens."""
+    import torch
+
+    from llmattrib.encoding import collate, encode
+    from llmattrib.forward import completion_logits
+    from llmattrib.hits import Query
+    from llmattrib.model import load_model
+    from llmattrib.query import Run
+    from llmattrib.reduce import reduce_run
+
+    torch.set_num_threads(1)
+    overrides = [f"run_dir={FOLDER / 'smollm2'}", "data.limit=16", "reduce.methods=[influence]"]
+    config = load_config(ROOT / "configs" / "smollm2_factbook.yaml", [*overrides, "query.method=influence"])
+    build_features(config)
+    reduce_run(config)
+    build_index(config, METHOD)
+    run = Run(config)
+    run.load()
+    example = run.examples[0]
+    prompt, completion = example.prompt_text, example.completion
+    trainable = load_model(config.model, adapters=[])
+    for key, parameter in trainable.model.named_parameters():
+        parameter.requires_grad_("lora_" in key)
+    asked = Query.of(prompt, completion).answered(completion)
+    encoded = encode(asked, trainable.tokenizer, config.data, max_length=trainable.max_length)
+
+    def plain() -> None:
+        logits, _, target = completion_logits(trainable.model, collate([encoded], trainable.pad_id))
+        torch.nn.functional.cross_entropy(logits, target).backward()
+        trainable.model.zero_grad(set_to_none=True)
+
+    def seconds(call: Callable[[], object]) -> float:
+        began = time.process_time()
+        call()
+        return time.process_time() - began
+
+    calls: dict[str, Callable[[], object]] = {
+        "plain": plain,
+        "query": lambda: run.query(prompt, completion),
+        "features": lambda: run.features([asked], [encoded]),
+    }
+    for call in calls.values():
+        call()
+    times = [{name: seconds(call) for name, call in calls.items()} for _ in range(rounds)]
+    added = [one["query"] / one["plain"] - 1 for one in times]
+    return {
+        "tokens": len(encoded),
+        "examples": len(run.examples),
+        "rounds": rounds,
+        **{f"{name}_cpu_seconds": round(statistics.median(one[name] for one in times), 4) for name in calls},
+        "added": round(statistics.median(added), 4),
+        "added_range": [round(min(added), 4), round(max(added), 4)],
+    }
+
+
+def cold() -> dict[str, float]:
+    """Return CPU seconds of new processes: help, the imports of a query, and a query of the run that `warm` made."""
+    folder = str(FOLDER / "smollm2")
+    rows = [json.loads(line) for line in (ROOT / "llmattrib/assets/factbook_qa.jsonl").read_text("utf-8").splitlines()]
+    asked = ["--prompt", rows[0]["question"], "--completion", rows[0]["answer"], "--json"]
+    commands = {
+        "help": ["-m", "llmattrib.cli", "--help"],
+        "imports": ["-c", "import llmattrib.query"],
+        "imports_and_peft": ["-c", "import llmattrib.query, peft, transformers.models.llama.modeling_llama"],
+        "query": ["-m", "llmattrib.cli", "query", folder, *asked],
+    }
+    found = {}
+    for name, command in commands.items():
+        before = os.times()
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, *command], check=True, capture_output=True, env=env)
+        after = os.times()
+        spent = after.children_user + after.children_system - before.children_user - before.children_system
+        found[f"{name}_cpu_seconds"] = round(spent, 2)
+    return found
+
+
 def merge(part: str, found: dict[str, Any]) -> None:
     """Write one part of the result, and keep the others."""
     RESULT.write_text(json.dumps({**results(), part: found}, indent=2) + "\n")
@@ -248,6 +326,8 @@ def table(result: dict[str, Any]) -> str:
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "search": lambda arguments: search(arguments.sizes, arguments.kinds, arguments.threads),
+    "warm": lambda arguments: warm(arguments.rounds),
+    "cold": lambda _: cold(),
 }
 
 
@@ -258,6 +338,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     for part in arguments.parts:
         merge(part, PARTS[part](arguments))

@@ -1,5 +1,6 @@
 """The command that answers queries over HTTP. Mounted in cli.py."""
 
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -35,4 +36,5 @@ def serve(
             run.load()
             shown = f"[{host}]" if ":" in host else host
             typer.echo(f"serving {run.config.run_dir} at http://{shown}:{place.getsockname()[1]}/ (Ctrl-C stops)")
-            web.serve(run, place, token)
+            with suppress(KeyboardInterrupt):  # nothing is left unfinished
+                web.serve(run, place, token)

@@ -247,13 +247,12 @@ def test_a_real_server_answers_and_stops(config: RunConfig, run: Run) -> None:
         assert found, line + (server.stderr.read() if server.stderr and server.poll() is not None else "")
         data = json.dumps({"prompt": PROMPT, "completion": COMPLETION}).encode()
         request = urllib.request.Request(found[0] + "query", data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             hits = json.load(answer)
         expected = json.loads(run.query(PROMPT, COMPLETION).to_json())
         assert [hit["id"] for hit in hits["helpful"]] == [hit["id"] for hit in expected["helpful"]]
         assert hits["helpful"][0]["value"] == pytest.approx(expected["helpful"][0]["value"], rel=1e-4)
     finally:
         server.send_signal(signal.SIGINT)
-        out, err = server.communicate(timeout=30)
-    assert "Traceback" not in err
-    assert server.returncode in (0, 130, -signal.SIGINT), (out, err)
+        _, err = server.communicate(timeout=300)
+    assert (server.returncode, err) == (0, "")
