@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks import evaluation, kernel_game, label_words, lds, poison, reduce, scaling
+from benchmarks import evaluation, kernel_accuracy, kernel_game, label_words, lds, poison, reduce, scaling
 from benchmarks.demo import BEGIN, END, README, RESULT, pool, table
 from benchmarks.truth.margins import load as margins_of
 
@@ -23,10 +23,19 @@ def test_recorded_figures_reach_what_is_promised() -> None:
     assert all(run["peak_memory_bytes"] <= 4 << 30 for run in result["runs"])
 
 
-def test_the_scaling_of_the_kernel_game_is_rendered_from_the_result() -> None:
-    text = kernel_game.PAGE.read_text(encoding="utf-8")
-    scaling = json.loads(kernel_game.RESULT.read_text())["mean_field_scaling"]
-    assert text.partition(kernel_game.BEGIN)[2].partition(kernel_game.END)[0] == kernel_game.scaling_table(scaling)
+def test_the_tables_of_the_kernel_game_are_rendered_from_the_result() -> None:
+    text, result = kernel_game.PAGE.read_text(encoding="utf-8"), json.loads(kernel_game.RESULT.read_text())
+    for begin, rendered, end in (
+        (kernel_game.BEGIN, kernel_game.scaling_table(result["mean_field_scaling"]), kernel_game.END),
+        (
+            kernel_game.SPEED_BEGIN,
+            kernel_game.speed_table(result["permutation_speedup"], result["pydvl_n500"]),
+            kernel_game.SPEED_END,
+        ),
+        (kernel_accuracy.BEGIN, kernel_accuracy.table(result["error_against_cost_n1000"]), kernel_accuracy.END),
+    ):
+        assert text.partition(begin)[2].partition(end)[0] == rendered
+    assert kernel_accuracy.PLOT.stat().st_size > 0
 
 
 def test_the_tables_of_choosing_are_rendered_from_the_results() -> None:
@@ -56,6 +65,12 @@ def test_recorded_figures_of_the_kernel_game_reach_what_is_promised() -> None:
     (longest,) = [row for row in rows if (row["form"], row["num_players"]) == ("total_gradient", 20_000)]
     assert longest["wall_seconds"] <= 300
     assert result["mean_field_scaling"]["slope"] <= 1.1
+    assert {row["num_players"] for row in rows if row["form"] == "cavity"} >= {1_000, 100_000}
+    assert result["permutation_speedup"]["n500"] >= 250
+    assert result["permutation_speedup"]["n2000"] >= 600
+    assert all(row["rounds"] >= 3 and row["num_prompts"] == 100 for row in result["permutation_speedup"]["rows"])
+    assert result["pydvl_n500"]["speedup_to_same_error"] > 1
+    assert result["pydvl_n500"]["permutation"]["error"] <= result["pydvl_n500"]["pydvl"]["error"]
 
 
 def test_the_table_of_reduce_is_rendered_from_the_result_and_memory_is_small() -> None:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from llmattrib.catalogue import METHOD_NOTES, VALUES_NOTES
 from llmattrib.cli import app
 from llmattrib.config import RunConfig, validate_config
 from llmattrib.errors import ConfigError
@@ -214,3 +215,9 @@ def test_faults_are_found() -> None:
         "nothing runs/demo",
         "demo --sed 3",
     ]
+
+
+def test_the_one_table_of_methods_is_that_of_the_command_line() -> None:
+    lines = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
+    for method, row in (METHOD_NOTES | VALUES_NOTES).items():
+        assert f"| `{method}` | {' | '.join(row)} |" in lines

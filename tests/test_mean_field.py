@@ -219,6 +219,17 @@ def test_copies_are_grouped_and_remain_players_of_their_own(form, bound):
     np.testing.assert_array_equal(result.representers[[0, 0, 1]], result.representers[[6, 9, 7]])
 
 
+@pytest.mark.parametrize(("ridge", "bound"), [(1e-3, 0.25), (1e-2, 0.08), (0.1, 0.015), (1.0, 1e-3), (10.0, 1e-6)])
+def test_copies_have_equal_values_at_any_ridge_as_good_as_those_of_others(ridge, bound):
+    """`bound` is about that of the six examples without the copies, whose error grows with 1/ridge like this one."""
+    features, responses = oracles.random_game(6, 4, 0)
+    rows, answers = np.concatenate([features, features[:3]]), np.concatenate([responses, responses[:3]])
+    game, result = run(rows, answers, ridge)
+    np.testing.assert_array_equal(result.representers[:3], result.representers[6:])
+    assert oracles.relative_error(result.representers, oracles.enumerate_shapley(rows, answers, game.ridge)) <= bound
+    assert result.sum_rule_error <= 1e-3
+
+
 def test_copies_with_other_responses_are_not_grouped():
     features, responses = oracles.random_game(6, 4, 0)
     rows, answers = np.concatenate([features, features[:3]]), np.concatenate([responses, -responses[:3]])
@@ -315,11 +326,13 @@ def test_single_player_takes_all():
 
 
 @pytest.mark.parametrize("form", ["pairs", "total_gradient", "cavity"])
-def test_large_systems_run_in_float32_with_the_same_result(monkeypatch, form):
+@pytest.mark.parametrize("ridge", [0.1, 1e-4])
+def test_large_systems_run_in_float32_with_the_same_result_at_any_conditioning(monkeypatch, ridge, form):
+    """What a small ridge makes ill-conditioned (Gram, factor, leverages) is float64 at every size."""
     features, responses = oracles.gradient_like_game(60, 12, 0)
-    _, wide = run(features, responses, 0.1, form=form)
+    _, wide = run(features, responses, ridge, form=form, max_level=2)
     monkeypatch.setattr(mean_field, "LARGE", 50)
-    _, narrow = run(features, responses, 0.1, form=form)
+    _, narrow = run(features, responses, ridge, form=form, max_level=2)
     assert (wide.precision, narrow.precision) == ("float64", "float32")
     assert narrow.representers.dtype == np.float32
     assert wide.response_residual is None

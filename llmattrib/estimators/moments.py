@@ -65,12 +65,13 @@ class Moments:
         """
         start = start or cls.empty(shape)
         count, (mean, m2, low, high) = start.count, (part.copy() for part in start.parts)
+        before, after = np.empty(shape), np.empty(shape)
         for sample in samples:
             assert sample.shape == shape
             count += 1
-            before = sample - mean
-            mean += before / count
-            before *= sample - mean
+            np.subtract(sample, mean, out=before)
+            mean += np.divide(before, count, out=after)
+            before *= np.subtract(sample, mean, out=after)
             m2 += before
             np.minimum(low, sample, out=low)
             np.maximum(high, sample, out=high)

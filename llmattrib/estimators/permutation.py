@@ -36,6 +36,7 @@ from llmattrib.rng import stream
 Utility = Callable[[Float[np.ndarray, "k m c"]], Float[np.ndarray, "k u"]]
 """Maps predictions of k subsets for m queries to their worth, for each query (u = m) or for all together (u = 1)."""
 _STREAMED = 1 << 22  # predictions held together
+_GATHERED = 64  # rows of a kernel matrix put in order at a time
 
 
 def accuracy(labels: Int[np.ndarray, " m"]) -> Utility:
@@ -254,7 +255,7 @@ class Permutation:
         cholesky = n**3 / 3 + n**2 * (m + c)
         rows = 3.3 * n * d**2 + 4.5 * n * d * m
         dense = self.path == "cholesky" or (self.path == "auto" and cholesky <= rows)
-        size = 8 * (7 * m * n * c + (4 * n * n if dense else 3 * n * d))
+        size = 8 * (7 * m * n * c + (3 * n * n if dense else 3 * n * d))
         require_memory(
             size, f"permutations of {n} examples", "take fewer queries at a time, or path rows", self.max_bytes
         )
@@ -286,15 +287,18 @@ class _Cholesky:
         self.kernel[np.diag_indices(len(features))] += game.ridge
         self.num_queries = len(queries)
         self.sides = np.concatenate([queries @ features.T, game.responses.T.astype(np.float64)])  # [m + c, n]
-        self._rows, self._both = np.empty_like(self.kernel), np.empty_like(self.kernel)
+        self._rows, self._both = np.empty((_GATHERED, len(features))), np.empty_like(self.kernel)
         (self._potrf,) = scipy.linalg.get_lapack_funcs(("potrf",), (self.kernel,))
         (self._trsm,) = scipy.linalg.get_blas_funcs(("trsm",), (self.kernel,))
 
     def steps(self, order: Int[np.ndarray, " n"]) -> Iterator[Steps]:
         """Yield all players at once."""
-        np.take(self.kernel, order, axis=0, out=self._rows, mode="clip")
-        np.take(self._rows, order, axis=1, out=self._both, mode="clip")
-        # The transpose of a symmetric matrix in C order is itself in Fortran order, which LAPACK takes without a copy.
+        for start in range(0, len(order), _GATHERED):  # one half is all that the factor reads
+            chosen = order[start : start + _GATHERED]
+            rows = self._rows[: len(chosen)]
+            np.take(self.kernel, chosen, axis=0, out=rows, mode="clip")
+            self._both[start : start + len(chosen), start:] = rows.take(order[start:], axis=1, mode="clip")
+        # The upper half in C order is the lower half in Fortran order, which LAPACK takes without a copy.
         factor, failed = self._potrf(self._both.T, lower=1, overwrite_a=1, clean=0)
         assert not failed, "lam > 0 keeps it positive definite"
         solved = self._trsm(1.0, factor, self.sides.take(order, axis=1).T, lower=1, overwrite_b=1)
