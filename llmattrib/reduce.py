@@ -7,12 +7,12 @@ the shape and shards of the feature store, the vectors `mean` (zeros when not ce
 representers), and in `info` what was chosen. Its fingerprint is a digest of the feature data and the resolved
 settings: an equal one is reused, another one is replaced, since all of it can be computed again.
 
-Ranks: each reads, reduces and writes its own share of the shards for gradient methods; what they sum (mean, Gram,
-leave-one-out errors, `total`) is the same to rounding for any number of them, and the same bytes for the same number.
-The first rank alone computes and writes semivalues.
+Ranks: each reads, reduces and writes its own share of the shards for gradient methods and streamed semivalues; what
+they sum (mean, Gram, leave-one-out errors, `total`) is the same to rounding for any number of them, and the same bytes
+for the same number. Semivalues of another form are computed and written by the first rank alone.
 Memory: gradient methods hold p x p (or, n < p, the n x p rows) and a few shards, whatever n is, but for 16 bytes a row
-where leave-one-out chooses the ridge; semivalues hold the features, see estimators.mean_field, and those of one run are
-computed together, in one sweep over q.
+where leave-one-out chooses the ridge; streamed semivalues see estimators.streamed; the others hold the features, see
+estimators.mean_field. Semivalues of one run are computed together, in one sweep over q.
 """
 
 import dataclasses
@@ -185,6 +185,8 @@ def _run(jobs: list[_Job], reader: FeatureReader, progress: Progress) -> dict[Me
     if first.info is not None:
         return {first.settings.method: _result(first, first.info, reader, started)}
     if MethodName.parse(first.settings.method).is_semivalue:
+        if first.settings.form == "streamed":
+            return _sweep(jobs, reader, started, progress)
         return reader.ranks.on_main(lambda: _sweep(jobs, reader.alone(), started, progress))
     return {first.settings.method: _stream(first, reader, started, progress)}
 
@@ -205,7 +207,7 @@ def _result(job: _Job, info: dict[str, Any], reader: FeatureReader, started: flo
 
 
 def _sweep(jobs: list[_Job], reader: FeatureReader, started: float, progress: Progress) -> dict[Method, dict[str, Any]]:
-    """Make the stores of semivalues, by one process."""
+    """Make the stores of semivalues: streamed by all ranks, else by one."""
     ridge, curve, notes = choose_ridge(jobs[0].settings, reader)
     assert ridge is not None
     results = {}

@@ -195,7 +195,8 @@ class ReduceConfig(Section):
     `methods` are names of methods.py; the semivalues of one run share one sweep over q.
     `ridge` is in units of the mean squared feature norm; `loo` chooses it by closed-form leave-one-out error.
     `form` is how semivalues are taken from the mean field: `pairs` is the most exact, `total_gradient` 2-5
-    times quicker, `cavity` needs no n x n system but misses the sum rule; `auto` is pairs up to 2,048 examples.
+    times quicker, `streamed` holds no features, is linear in the examples and shared out over processes, `cavity`
+    misses the sum rule; `auto` is pairs up to 2,048 examples, total_gradient up to 20,000 and streamed beyond.
     `certificate_draws` random subsets (8 or more; 0 for none) measure the bias of the mean field.
     `iterations` is the most that influence_cg and influence_lissa take, each a pass over the features.
     `ensemble` is of features at several adapters: `kernel` adds their inner products before a curvature is formed,
@@ -208,7 +209,7 @@ class ReduceConfig(Section):
     center: bool | Literal["auto"] = "auto"
     normalize: bool | Literal["auto"] = "auto"
     response: Literal["auto", "labels", "unit", "residual"] = "auto"
-    form: Literal["auto", "pairs", "total_gradient", "cavity"] = "auto"
+    form: Literal["auto", "pairs", "total_gradient", "streamed", "cavity"] = "auto"
     sum_rule_tolerance: float = Field(1e-3, gt=0)
     certificate_draws: int = Field(32, ge=0)
     iterations: PositiveInt = 200

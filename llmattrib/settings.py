@@ -10,11 +10,14 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from llmattrib.errors import MethodError
-from llmattrib.estimators.mean_field import LARGE, Form
+from llmattrib.estimators.mean_field import LARGE
 from llmattrib.methods import MethodName
 from llmattrib.sections import Method, ReduceConfig
 
 Response = Literal["labels", "unit", "residual"]
+Form = Literal["pairs", "total_gradient", "streamed", "cavity"]
+STREAMED = 20_000
+"""Examples above which `auto` streams: by then it is the quicker one, and holds n x p numbers no longer."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool,
         own_labels = has_labels and output != "pntk"  # the gradient of a sum over classes knows no label
         response = ("labels" if own_labels else "unit") if config.response == "auto" else config.response
         _check_response(response, output, has_labels)
-    form: Form = ("pairs" if num_rows <= LARGE else "total_gradient") if config.form == "auto" else config.form
+    form: Form = _form(num_rows) if config.form == "auto" else config.form
     return Settings(
         method=method,
         center=(is_semivalue and not has_labels) if config.center == "auto" else config.center,
@@ -100,6 +103,12 @@ def _ensemble(config: ReduceConfig, kind: str, is_semivalue: bool) -> Literal["m
             fix="set reduce.normalize=auto, or reduce.ensemble=kernel",
         )
     return "members"
+
+
+def _form(num_rows: int) -> Form:
+    if num_rows > STREAMED:
+        return "streamed"
+    return "pairs" if num_rows <= LARGE else "total_gradient"
 
 
 def _check_response(response: Response, output: str, has_labels: bool) -> None:

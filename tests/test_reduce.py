@@ -24,6 +24,7 @@ from llmattrib.lock import locked
 from llmattrib.reduce import reduce_run
 from llmattrib.scorers.gradient import unit_rows
 from llmattrib.sections import ReduceConfig
+from llmattrib.semivalues import mean_field as mean_field_of
 from llmattrib.semivalues import semivalue_of
 from llmattrib.settings import resolve
 from llmattrib.store import Manifest, RowStore
@@ -206,6 +207,27 @@ def test_logits_play_one_game_per_class(tmp_path, n, p):
         assert result.sum_rule_error >= 0.99 * expected.sum_rule_error
 
 
+def test_streamed_semivalues_of_logits_are_near_the_total_gradient_and_cannot_be_followed(tmp_path):
+    methods = ["shapley", "banzhaf"]
+    found = {}
+    for form in ("streamed", "total_gradient"):
+        config = make_run(tmp_path / form, words=("a", "b", "c"), methods=methods, ridge=0.3, form=form)
+        write_features(config, draw(60, 5, c=3), output="logits")
+        results = reduce_run(config)
+        found[form] = [representers(config, method)[1] for method in methods]
+        info = [representers(config, method)[0].manifest.info for method in methods]
+        assert [item["form"] for item in info] == [form, form]
+        assert [item["precision"] for item in info] == ["float64", "float64"]
+        assert results[0].sum_rule_error <= 1e-3
+        assert results[1].sum_rule_error is None
+        assert all(result.certificate.num_draws == 32 for result in results)
+    for near, exact in zip(*found.values(), strict=True):
+        assert 1e-6 < oracles.relative_error(near, exact) < 0.03
+    settings = resolve(ReduceConfig(form="streamed"), "shapley", "loss", False, 10)
+    with pytest.raises(MethodError, match=r"not kept by the streamed form(.|\n)*reduce.form=total_gradient or cavity"):
+        mean_field_of(settings)
+
+
 def test_notes_of_a_class_name_it(tmp_path):
     config = make_run(tmp_path, words=("a", "b", "c"), methods=["shapley"], ridge=0.1, form="cavity")
     write_features(config, draw(20, 5, c=3), output="logits")
@@ -337,9 +359,9 @@ def test_representers_that_cannot_be_computed_leave_those_that_are_there(tmp_pat
     assert files_of(config.layout.representers("shapley")) == before
 
 
-@pytest.mark.parametrize("method", ["influence", "shapley"])
-def test_killed_reduce_is_finished_to_the_same_bytes(tmp_path, method, monkeypatch):
-    config = make_run(tmp_path, methods=[method])
+@pytest.mark.parametrize(("method", "form"), [("influence", "auto"), ("shapley", "pairs"), ("shapley", "streamed")])
+def test_killed_reduce_is_finished_to_the_same_bytes(tmp_path, method, form, monkeypatch):
+    config = make_run(tmp_path, methods=[method], form=form)
     write_features(config, draw(30, 5))
     reduce_run(config)
     whole = files_of(config.layout.representers(method))
@@ -423,6 +445,7 @@ def test_auto_settings_follow_the_task_and_explicit_ones_win():
     assert chosen("shapley", False) == (True, True, 0.1, "unit", "pairs")
     assert chosen("shapley", True) == (False, True, "loo", "labels", "pairs")
     assert chosen("shapley", False, 2049) == (True, True, 0.1, "unit", "total_gradient")
+    assert chosen("shapley", False, 20_001) == (True, True, 0.1, "unit", "streamed")
     pntk = resolve(ReduceConfig(), "shapley", "pntk", True, 10)
     assert pntk.response == "unit", "it has no label in it"
     for method, normalize, ridge in (

@@ -72,15 +72,21 @@ def centred(folder):
     return config
 
 
+def semivalues(folder):
+    config = make_run(folder, methods=["shapley", "banzhaf"], form="streamed", certificate_draws=16)
+    write_features(config, draw(NUM_ROWS, DIM), output="log_odds")
+    return config
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """The script and three runs that two processes have reduced: two equal ones and one of n < p."""
+    """The script and runs that two processes have reduced: two equal ones, one of n < p, one of streamed semivalues."""
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "work.py"
     script.write_text(WORK)
     wide = make_run(folder / "wide", methods=["influence", "trak"], ridge="loo")
     write_features(wide, draw(20, 50), output="log_odds")
-    runs = [centred(folder / "first"), centred(folder / "second"), wide]
+    runs = [centred(folder / "first"), centred(folder / "second"), wide, semivalues(folder / "semivalues")]
     ended = launch(script, "whole", *map(config_file, runs))
     assert ended.returncode == 0, ended.stderr
     return script, *runs
@@ -88,8 +94,8 @@ def work(tmp_path_factory):
 
 @pytest.mark.distributed
 def test_two_processes_agree_with_one_to_rounding(work, tmp_path):
-    _, first, _, wide = work
-    for shared in (first, wide):
+    _, first, _, wide, streamed = work
+    for shared in (first, wide, streamed):
         alone = make_run(tmp_path / Path(shared.run_dir).parent.name, methods=list(shared.reduce.methods))
         alone = alone.model_copy(update={"reduce": shared.reduce})
         shutil.copytree(shared.layout.features, alone.layout.features)
@@ -103,6 +109,8 @@ def test_two_processes_agree_with_one_to_rounding(work, tmp_path):
             info, expected_info = dict(other.manifest.info), dict(store.manifest.info)
             curve = np.array(info.pop("loo_curve"))
             np.testing.assert_allclose(curve, np.array(expected_info.pop("loo_curve")), rtol=1e-9)
+            for name in {"sum_rule_error", "certificate"} & set(info):
+                assert info.pop(name) == pytest.approx(expected_info.pop(name), rel=1e-4, abs=1e-6)
             assert info == expected_info
             assert other.manifest.fingerprint == store.manifest.fingerprint
             assert other.verify() == []
@@ -110,7 +118,7 @@ def test_two_processes_agree_with_one_to_rounding(work, tmp_path):
 
 @pytest.mark.distributed
 def test_two_processes_give_the_same_bytes_twice(work):
-    _, first, second, _ = work
+    _, first, second, _, _ = work
     for method in METHODS:
         assert files_of(first.layout.representers(method)) == files_of(second.layout.representers(method))
 
@@ -118,7 +126,7 @@ def test_two_processes_give_the_same_bytes_twice(work):
 @pytest.mark.distributed
 @pytest.mark.parametrize("how", ["error", "kill"])
 def test_a_rank_that_ends_takes_the_others_along_and_the_rest_is_done_later(work, zygote, tmp_path, how):
-    script, first, _, _ = work
+    script, first, *_ = work
     config = centred(tmp_path)
     ended = launch(script, how, config_file(config), timeout=GRACE_SECONDS + 60)
     assert ended.returncode != 0
@@ -137,7 +145,7 @@ def test_a_rank_that_ends_takes_the_others_along_and_the_rest_is_done_later(work
 
 
 @pytest.mark.distributed
-def test_semivalues_are_the_first_ranks_and_keep_their_bytes(zygote, tmp_path):
+def test_semivalues_held_in_memory_are_the_first_ranks_and_keep_their_bytes(zygote, tmp_path):
     config = make_run(tmp_path, methods=["influence", "shapley"])
     write_features(config, draw(5, 4))  # one shard: the second rank has none
     reduce_run(config)

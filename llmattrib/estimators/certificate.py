@@ -17,18 +17,22 @@ import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float
+import scipy.linalg
+from jaxtyping import Bool, Float
 from scipy.stats import t as student
 
 from llmattrib.errors import MethodError
 from llmattrib.estimators.mean_field import MeanFieldResult
 from llmattrib.estimators.moments import Moments
-from llmattrib.estimators.subset import Subset
-from llmattrib.games.kernel import KernelGame
+from llmattrib.estimators.streamed import StreamedResult
+from llmattrib.estimators.streamed_node import add_gram, mirror
+from llmattrib.estimators.subset import Draw, Subset
+from llmattrib.games.kernel import FeatureRows, KernelGame
 from llmattrib.memory import require_memory
 from llmattrib.rng import stream
 
 MIN_DRAWS = 8
+_TOGETHER = 8  # Gram matrices of a streamed certificate that are summed in one pass
 _BLOCKS = 16  # more of them make the standard error more reliable, fewer leave more strata of q to a block
 
 
@@ -146,22 +150,11 @@ def certify(
     Raises:
         MethodError: too few draws, another semivalue, or it does not fit the memory.
     """
-    if estimator.num_draws < MIN_DRAWS:
-        raise MethodError(
-            f"a certificate of {estimator.num_draws} draws", expected=f"at least {MIN_DRAWS}", fix="take 16 to 64"
-        )
-    if estimator.semivalue.name != result.semivalue:
-        raise MethodError(
-            f"draws for {estimator.semivalue.name} cannot check a mean field of {result.semivalue}",
-            expected="the same semivalue",
-        )
-    num_strata = max(1, estimator.num_draws // _BLOCKS)
-    num_blocks = estimator.num_draws // num_strata
+    estimator, num_strata, num_blocks = _in_blocks(estimator, result.semivalue)
     shape = (len(queries), *game.responses.shape)
     size = 8 * ((num_blocks + 8) * int(np.prod(shape)) + 3 * game.space.coordinates.size)
     require_memory(size, "a certificate", "set reduce.certificate_draws to 0", estimator.max_bytes)
     values = np.einsum("mp,ncp->mnc", queries, result.representers, optimize=True).astype(np.float64)
-    estimator = replace(estimator, num_draws=num_blocks * num_strata, num_strata=num_strata)
     samples = estimator.samples(game, queries)
     gaps = np.empty((num_blocks, values.size))
     for gap in gaps:
@@ -169,11 +162,126 @@ def certify(
     return Certificate(gaps @ gaps.T, float(np.sum(values**2)), estimator.num_draws, len(queries))
 
 
-def sample_queries(features: Float[np.ndarray, "n p"], num_queries: int, seed: int) -> Float[np.ndarray, "m p"]:
-    """Return training rows, and as many random combinations of all of them, scaled to the rows' mean square norm."""
-    rng = stream(seed, "certificate", "queries")
-    rows = features[np.sort(rng.choice(len(features), min(num_queries // 2, len(features)), replace=False))]
-    mixed = rng.standard_normal((num_queries - len(rows), len(features))) @ features
+def _in_blocks(estimator: Subset, semivalue: str) -> tuple[Subset, int, int]:
+    """Return the draws that fill equal blocks, the draws of a block and the number of blocks."""
+    if estimator.num_draws < MIN_DRAWS:
+        raise MethodError(
+            f"a certificate of {estimator.num_draws} draws", expected=f"at least {MIN_DRAWS}", fix="take 16 to 64"
+        )
+    if estimator.semivalue.name != semivalue:
+        raise MethodError(
+            f"draws for {estimator.semivalue.name} cannot check a mean field of {semivalue}",
+            expected="the same semivalue",
+        )
+    num_strata = max(1, estimator.num_draws // _BLOCKS)
+    num_blocks = estimator.num_draws // num_strata
+    return replace(estimator, num_draws=num_blocks * num_strata, num_strata=num_strata), num_strata, num_blocks
+
+
+def certify_streamed(
+    features: FeatureRows,
+    ridge: float,
+    result: StreamedResult,
+    queries: Float[np.ndarray, "m p"],
+    estimator: Subset,
+) -> Certificate:
+    """Compare a streamed mean field with draws, in a few passes over the features; called by all processes.
+
+    Args:
+        features: the rows of the game.
+        ridge: lam, absolute.
+        result: the mean field.
+        queries: phi of the queries.
+        estimator: the draws, as for `certify`.
+
+    Raises:
+        MethodError: too few draws, another semivalue, or it does not fit the memory.
+    """
+    estimator, num_strata, num_blocks = _in_blocks(estimator, result.semivalue)
+    p, n, draws = features.dim, features.num_rows, list(estimator.draws(features.num_rows))
+    size = p * p * (np.dtype(result.precision).itemsize * len(draws) + 24 * _TOGETHER) + n * len(draws)
+    require_memory(size, "a certificate", "set reduce.certificate_draws to 0", estimator.max_bytes)
+    solved: list[Solved] = []
+    for first in range(0, len(draws), _TOGETHER):
+        some = draws[first : first + _TOGETHER]
+
+        def solve(sums: list[np.ndarray], start: int, rows: np.ndarray, some: list[Draw] = some) -> None:
+            wide, responses = rows.astype(np.float64), result.responses[start : start + len(rows)]
+            for draw, gram, moment in zip(some, sums[0], sums[1], strict=True):
+                members = draw.members[start : start + len(rows)]
+                add_gram(gram, wide[members])
+                moment += wide[members].T @ responses[members]
+
+        found = zip(*features.sums(solve, (len(some), p, p), (len(some), p)), strict=True)
+        solved += [Solved.of(mirror(gram), moment, ridge, result.precision) for gram, moment in found]
+
+    def compare(sums: list[np.ndarray], start: int, rows: np.ndarray) -> None:
+        values, wide = result.products(start, rows, queries), rows.astype(result.precision)
+        responses, gaps = result.responses[start : start + len(rows)], np.zeros((num_blocks, values.size))
+        for number, (draw, subset) in enumerate(zip(draws, solved, strict=True)):
+            found = subset.marginals(wide, responses, draw.members[start : start + len(rows)], queries)
+            gaps[number // num_strata] += draw.weight / num_strata * found.ravel()
+        gaps -= values.ravel()
+        sums[0] += gaps @ gaps.T
+        sums[1] += np.sum(values**2)
+
+    products, square = features.sums(compare, (num_blocks, num_blocks), (1,))
+    return Certificate(products, float(square[0]), estimator.num_draws, len(queries))
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The ridge regression on one subset.
+
+    Attributes:
+        inverse: [p, p] L^-1 of lam I + Phi_S^T Phi_S = L L^T.
+        weights: [p] L^-1 Phi_S^T y_S.
+    """
+
+    inverse: Float[np.ndarray, "p p"]
+    weights: Float[np.ndarray, " p"]
+
+    @classmethod
+    def of(
+        cls, gram: Float[np.ndarray, "p p"], moment: Float[np.ndarray, " p"], ridge: float, precision: str
+    ) -> "Solved":
+        """Factorise in float64, and keep the result in `precision`."""
+        gram[np.diag_indices(len(gram))] += ridge
+        inverse = scipy.linalg.solve_triangular(np.linalg.cholesky(gram), np.eye(len(gram)), lower=True)
+        return cls(inverse.astype(precision), (inverse @ moment).astype(precision))
+
+    def marginals(
+        self,
+        rows: Float[np.ndarray, "m p"],
+        responses: Float[np.ndarray, " m"],
+        members: Bool[np.ndarray, " m"],
+        queries: Float[np.ndarray, "q p"],
+    ) -> Float[np.ndarray, "q m"]:
+        """Return v(S + i) - v(S - i) of some players for queries; see `KernelGame.marginals`."""
+        white = rows @ self.inverse.T.astype(rows.dtype)
+        leverage = np.einsum("mp,mp->m", white, white).astype(np.float64)
+        factor = (responses - white @ self.weights.astype(rows.dtype)) / np.where(members, 1 - leverage, 1 + leverage)
+        return np.asarray(((queries @ self.inverse.T).astype(rows.dtype) @ white.T) * factor)
+
+
+def sample_queries(features: FeatureRows, num_queries: int, seed: int) -> Float[np.ndarray, "m p"]:
+    """Return training rows, and as many random combinations of all of them, scaled to the rows' mean square norm.
+
+    Args:
+        features: the rows; called by all processes that share them.
+        num_queries: how many, half of them combinations.
+        seed: of the choice.
+    """
+    rng, n = stream(seed, "certificate", "queries"), features.num_rows
+    chosen = np.sort(rng.choice(n, min(num_queries // 2, n), replace=False))
+    mixing = rng.standard_normal((num_queries - len(chosen), n))
+
+    def visit(sums: list[np.ndarray], start: int, rows: np.ndarray) -> None:
+        here = (chosen >= start) & (chosen < start + len(rows))
+        sums[0][here] += rows[chosen[here] - start]
+        sums[1] += mixing[:, start : start + len(rows)] @ rows
+
+    rows, mixed = features.sums(visit, (len(chosen), features.dim), (len(mixing), features.dim))
     lengths = np.linalg.norm(mixed, axis=1, keepdims=True)
     typical = np.sqrt(np.mean(np.sum(rows.astype(np.float64) ** 2, axis=1)))
     return np.concatenate([rows, mixed * (typical / np.where(lengths > 0, lengths, 1))])

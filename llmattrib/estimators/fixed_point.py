@@ -190,7 +190,7 @@ def solve_field(
             cavity = np.exp(x + step)
             return Field(q, cavity, sites(cavity, q, counts), factor, whitened, iteration)
         points, steps = [*points, x][-_DEPTH - 1 :], [*steps, step][-_DEPTH - 1 :]
-        x = _accelerate(points, steps)
+        x = accelerate(points, steps)
     raise MethodError(
         f"the mean field at q = {q:.3g} has not converged after {max_iterations} rounds",
         expected=f"a change of log leverage below {tolerance:g}",
@@ -198,7 +198,7 @@ def solve_field(
     )
 
 
-def _accelerate(points: list[np.ndarray], steps: list[np.ndarray]) -> Float[np.ndarray, " g"]:
+def accelerate(points: list[np.ndarray], steps: list[np.ndarray]) -> Float[np.ndarray, " g"]:
     """Return Anderson's next point from the last points and the plain steps there."""
     latest: Float[np.ndarray, " g"] = points[-1] + steps[-1]
     if len(points) > 1:
@@ -207,3 +207,13 @@ def _accelerate(points: list[np.ndarray], steps: list[np.ndarray]) -> Float[np.n
         mixing = np.linalg.lstsq(step_changes, steps[-1], rcond=1e-10)[0]
         latest = latest - (point_changes + step_changes) @ mixing
     return latest
+
+
+def interpolate(u: float, known: dict[float, np.ndarray]) -> Float[np.ndarray, "..."]:
+    """Interpolate what is known at some nodes from the (up to four) nearest ones."""
+    nearest = sorted(known, key=lambda other: abs(other - u))[:4]
+    found = np.zeros_like(known[nearest[0]])
+    for node in nearest:
+        others = [other for other in nearest if other != node]
+        found += np.prod([(u - other) / (node - other) for other in others]) * known[node]
+    return found

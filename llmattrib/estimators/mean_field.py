@@ -40,7 +40,7 @@ from jaxtyping import Float, Int
 
 from llmattrib.errors import MethodError
 from llmattrib.estimators.copies import Groups, group_copies
-from llmattrib.estimators.fixed_point import TINY, Field, factorize, solve_field
+from llmattrib.estimators.fixed_point import TINY, Field, factorize, interpolate, solve_field
 from llmattrib.estimators.pairs import pair_gradient
 from llmattrib.estimators.q_profile import QProfile
 from llmattrib.estimators.quadrature import SHAPLEY, SHIFT_FACTOR, NestedRule, Semivalue
@@ -389,7 +389,7 @@ class _Run:
             self.counts,
             self.ridge,
             q,
-            _guess(u, known),
+            interpolate(u, known),
             tolerance=self.estimator.fixed_point_tolerance,
             max_iterations=self.estimator.max_iterations,
         )
@@ -400,16 +400,6 @@ class _Run:
         columns = [field.unwhiten(gradient(column)) for column in residual.T.astype(self.dtype)]
         left = None if gradient.plain else gradient.response.residual
         return _Node(np.stack(columns, axis=1), field.num_iterations, left)
-
-
-def _guess(u: float, known: dict[float, np.ndarray]) -> Float[np.ndarray, " g"]:
-    """Interpolate log d from the (up to four) nearest nodes solved."""
-    nearest = sorted(known, key=lambda other: abs(other - u))[:4]
-    guess = np.zeros(len(known[nearest[0]]))
-    for node in nearest:
-        others = [other for other in nearest if other != node]
-        guess += np.prod([(u - other) / (node - other) for other in others]) * known[node]
-    return guess
 
 
 class _Gradient:

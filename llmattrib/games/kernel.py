@@ -169,6 +169,25 @@ class FeatureRows:
         """Yield (first row, rows) of all rows, whichever process they are of."""
         return (self.everything or self.blocks)()
 
+    def sums(
+        self, visit: Callable[[list[np.ndarray], int, np.ndarray], None], *shapes: tuple[int, ...]
+    ) -> list[np.ndarray]:
+        """Return what one pass adds to zeros, over the rows of all processes.
+
+        Args:
+            visit: called with the arrays to add to, and each first row and rows.
+            shapes: of the arrays, float64.
+        """
+
+        def part() -> Float[np.ndarray, " k"]:
+            parts = [np.zeros(shape) for shape in shapes]
+            for start, rows in self.blocks():
+                visit(parts, start, rows)
+            return np.concatenate([array.ravel() for array in parts])
+
+        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
+        return [flat.reshape(shape) for flat, shape in zip(np.split(self.total(part), ends[:-1]), shapes, strict=True)]
+
     @cached_property
     def space(self) -> RowSpace:
         """All rows, in d = min(n, p) dimensions.

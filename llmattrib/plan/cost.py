@@ -11,6 +11,7 @@ import numpy as np
 
 from llmattrib.config import RunConfig
 from llmattrib.estimators.mean_field import LARGE, MeanField
+from llmattrib.estimators.streamed import StreamedField
 from llmattrib.features.curvature import fit_bytes
 from llmattrib.index import MAX_POINTS_PER_CENTROID, SAMPLE_ROWS, SCAN_TRAINING_ROWS
 from llmattrib.index_record import PQ_BITS, resolve_kind
@@ -204,6 +205,15 @@ def reduce_cost(config: RunConfig, method: Method, num_rows: int, dim: int) -> d
     settings = resolve(config.reduce, method, config.features.output, bool(config.data.label_words), num_rows)
     n, p, c, d = num_rows, dim, num_outputs(config), min(num_rows, dim)
     shard = 3 * _VECTOR_BYTES * min(_shard(config), n) * c * p  # two blocks are read ahead, one is written
+    if settings.form == "streamed":
+        streamed = StreamedField()
+        draws = 8 * 32 * p * p if settings.certificate_draws else 0
+        return {
+            "method": method,
+            "form": settings.form,
+            "flops": c * NODES * streamed.num_flops(n, p, ROUNDS),
+            "memory_bytes": c * streamed.num_bytes(n, p, NODES) + draws + shard,
+        }
     if settings.form is not None:
         node = 2 * ROUNDS * n * d * d
         if settings.form != "cavity":
