@@ -136,7 +136,8 @@ def measure_task(task: str) -> dict[str, Any]:
     values = {name: compute_values(with_method(config, name)) for name in (*METHODS[task], "knn_shapley")}
     validation = load_validation(run)
     reader = FeatureReader(RowStore.open(config.layout.features))
-    settings = resolve(config.reduce, "shapley", reader.output, True, reader.manifest.num_rows)
+    manifest = reader.manifest
+    settings = resolve(config.reduce, "shapley", reader.output, True, manifest.num_rows, manifest.dim)
     game = ValidationGame.of(reader, settings, validation)
     train, test = (
         [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]

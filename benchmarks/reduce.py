@@ -1,11 +1,12 @@
 """Memory and time of `reduce` over a synthetic feature store, by one process and by two.
 
-    python -m benchmarks.reduce [--rows 200000] [--dim 512] [--methods influence,trak]
+    python -m benchmarks.reduce [--rows 200000] [--dim 512] [--methods influence,trak shapley]
 
 Rows are normal with a decaying spectrum, stored in float16. Each line is one job under the real launcher, one thread a
 process: peak resident memory (VmHWM), what importing alone took of it, and CPU seconds of each process. A quarter of
-the rows shows what depends on their number. Representers of one and of two processes are compared. Writes
-benchmarks/results/reduce.json and the table of docs/scaling.md.
+the rows shows what depends on their number. Representers of one and of two processes are compared. Semivalues are
+streamed, without a certificate. Writes benchmarks/results/reduce.json, where rows of the same job are replaced and
+others kept, and the table of docs/scaling.md.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ COLUMNS = ("norm", "loss", "log_odds", "label")
 def run_of(folder: Path, methods: list[str]) -> RunConfig:
     """A run of which only the features are there."""
     tree = {"run_dir": str(folder), "model": {"name": "none"}, "data": {"train": "none"}}
-    return validate_config({**tree, "reduce": {"methods": methods, "form": "cavity"}})
+    return validate_config({**tree, "reduce": {"methods": methods, "form": "streamed", "certificate_draws": 0}})
 
 
 def write_features(config: RunConfig, num_rows: int, dim: int) -> None:
@@ -66,8 +68,9 @@ def work(folder: Path, methods: list[str]) -> None:
 
     team = ranks()
     imported, cpu, wall = peak_bytes(), time.process_time(), time.perf_counter()
-    reduce_run(run_of(folder, methods), team)
+    results = reduce_run(run_of(folder, methods), team)
     figures = {
+        "sum_rule_error": results[0].sum_rule_error,
         "peak_bytes": peak_bytes(),
         "imported_bytes": imported,
         "cpu_seconds": round(time.process_time() - cpu, 1),
@@ -85,7 +88,9 @@ def measure(folder: Path, methods: list[str], num_processes: int) -> dict[str, A
     load = os.getloadavg()[0]
     subprocess.run([*command, "--methods", ",".join(methods)], check=True, cwd=ROOT, env=env)
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_processes)]
-    return {"processes": num_processes, "methods": methods, "load_before": round(load, 1), "ranks": ranks}
+    (error, *_) = [rank.pop("sum_rule_error") for rank in ranks]
+    row = {"processes": num_processes, "methods": methods, "load_before": round(load, 1), "ranks": ranks}
+    return row if error is None else {**row, "sum_rule_error": error}
 
 
 def difference(first: Path, second: Path) -> float:
@@ -101,17 +106,46 @@ def difference(first: Path, second: Path) -> float:
 def table(result: dict[str, Any]) -> str:
     """Render the result for docs/scaling.md; of several processes the figures of the largest."""
     lines = [
-        "| rows | processes | CPU seconds of a process | wall seconds | peak memory of a process | of it imports |",
-        "|---|---|---|---|---|---|",
+        "| methods | rows | processes | CPU seconds of a process | wall seconds | peak memory of a process "
+        "| of it imports | sum-rule error |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for run in result["runs"]:
         largest = {name: max(rank[name] for rank in run["ranks"]) for name in run["ranks"][0]}
         peak, imported = (f"{largest[name] / 1e9:.2f} GB" for name in ("peak_bytes", "imported_bytes"))
         lines.append(
-            f"| {run['rows']:,} | {run['processes']} | {largest['cpu_seconds']:.1f} | {largest['wall_seconds']:.1f} "
-            f"| {peak} | {imported} |"
+            f"| {', '.join(run['methods'])} | {run['rows']:,} | {run['processes']} | {largest['cpu_seconds']:.1f} "
+            f"| {largest['wall_seconds']:.1f} | {peak} | {imported} "
+            f"| {format(run['sum_rule_error'], '.0e') if 'sum_rule_error' in run else '-'} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def compare(folder: Path, methods: list[str], num_rows: int) -> Iterator[dict[str, Any]]:
+    """Run a job by one process and by two; each row is there as soon as it is measured."""
+    kept, here = folder / "alone", Path(run_of(folder, methods).layout.representers(methods[0]))
+    yield {"rows": num_rows, **measure(folder, methods, 1)}
+    shutil.move(folder / "representers", kept)
+    row = measure(folder, methods, 2)
+    yield {"rows": num_rows, **row, "relative_difference": difference(kept / here.name, here)}
+    shutil.rmtree(kept)
+
+
+def keep(dim: int, new: dict[str, Any]) -> None:
+    """Put a row into the result in place of the one of the same job, and render it."""
+
+    def job(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["methods"], row["rows"], row["processes"]
+
+    before = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else []
+    runs = [row for row in before if job(row) != job(new)] + [new]
+    RESULT.write_text(
+        json.dumps({"dim": dim, "shard_size": SHARD_SIZE, "runs": sorted(runs, key=job)}, indent=2) + "\n"
+    )
+    text = PAGE.read_text(encoding="utf-8")
+    head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
+    PAGE.write_text(head + BEGIN + table(json.loads(RESULT.read_text())) + END + tail, encoding="utf-8")
+    print(table(json.loads(RESULT.read_text())))
 
 
 def main() -> None:
@@ -119,34 +153,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--methods", default="influence,trak")
+    parser.add_argument("--methods", nargs="+", default=["influence,trak", "shapley"], help="of one job each")
+    parser.add_argument("--quarter-only", action="store_true", help="leave the larger number of rows out")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    methods = arguments.methods.split(",")
+    jobs = [names.split(",") for names in arguments.methods]
     if arguments.work:
-        work(arguments.work, methods)
+        work(arguments.work, jobs[0])
         return
-    rows = []
     with tempfile.TemporaryDirectory() as name:
-        for num_rows in (arguments.rows // 4, arguments.rows):
+        for num_rows in (arguments.rows // 4, arguments.rows)[: 1 if arguments.quarter_only else 2]:
             folder = Path(name) / str(num_rows)
-            config = run_of(folder, methods)
-            write_features(config, num_rows, arguments.dim)
-            kept = folder / "alone"
-            for num_processes in (1, 2):
-                row = {"rows": num_rows, **measure(folder, methods, num_processes)}
-                if num_processes == 1:
-                    shutil.move(folder / "representers", kept)
-                else:
-                    here = Path(config.layout.representers(methods[0]))
-                    row["relative_difference"] = difference(kept / here.name, here)
-                rows.append(row)
+            write_features(run_of(folder, jobs[0]), num_rows, arguments.dim)
+            for methods in jobs:
+                for row in compare(folder, methods, num_rows):
+                    keep(arguments.dim, row)
             shutil.rmtree(folder)
-    RESULT.write_text(json.dumps({"dim": arguments.dim, "shard_size": SHARD_SIZE, "runs": rows}, indent=2) + "\n")
-    text = PAGE.read_text(encoding="utf-8")
-    head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
-    PAGE.write_text(head + BEGIN + table(json.loads(RESULT.read_text())) + END + tail, encoding="utf-8")
-    print(table(json.loads(RESULT.read_text())))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ METHOD_NOTES: dict[str, tuple[str, str, str, str]] = {
     "shapley": (
         "Shapley value of the kernel ridge game, in mean field",
         "all features, a response",
-        "n^2 p, a node",
+        "n^2 p a node, streamed n p^2",
         "the certificate or sum-rule error is large",
     ),
     "banzhaf": ("the same game, q = 1/2", "as shapley", "1 node", "shares matter: values have no fixed sum"),

@@ -114,7 +114,8 @@ def _reduce(config: RunConfig, ranks: Ranks, progress: Progress) -> list[dict[st
     reader = FeatureReader(store, ranks)
     has_labels = bool(store.manifest.fingerprint["encoding"]["label_words"])
     settings = [
-        resolve(config.reduce, method, reader.output, has_labels, store.manifest.num_rows) for method in methods
+        resolve(config.reduce, method, reader.output, has_labels, store.manifest.num_rows, store.manifest.dim)
+        for method in methods
     ]
     results: dict[Method, dict[str, Any]] = {}
     with locked(config.layout.path("representers")) if ranks.is_main else nullcontext():

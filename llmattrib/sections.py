@@ -196,7 +196,8 @@ class ReduceConfig(Section):
     `ridge` is in units of the mean squared feature norm; `loo` chooses it by closed-form leave-one-out error.
     `form` is how semivalues are taken from the mean field: `pairs` is the most exact, `total_gradient` 2-5
     times quicker, `streamed` holds no features, is linear in the examples and shared out over processes, `cavity`
-    misses the sum rule; `auto` is pairs up to 2,048 examples, total_gradient up to 20,000 and streamed beyond.
+    misses the sum rule; `auto` is pairs up to 2,048 examples, total_gradient up to 20,000 (or 16 for each
+    dimension, if that is more) and streamed beyond.
     `certificate_draws` random subsets (8 or more; 0 for none) measure the bias of the mean field.
     `iterations` is the most that influence_cg and influence_lissa take, each a pass over the features.
     `ensemble` is of features at several adapters: `kernel` adds their inner products before a curvature is formed,

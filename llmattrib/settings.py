@@ -16,8 +16,8 @@ from llmattrib.sections import Method, ReduceConfig
 
 Response = Literal["labels", "unit", "residual"]
 Form = Literal["pairs", "total_gradient", "streamed", "cavity"]
-STREAMED = 20_000
-"""Examples above which `auto` streams: by then it is the quicker one, and holds n x p numbers no longer."""
+STREAMED, STREAMED_ROWS_A_DIM = 20_000, 16
+"""`auto` streams above so many examples, and above so many for each dimension, where n^2 p passes 40 n p^2 FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Settings:
         return cls(**{field.name: info[field.name] for field in fields(cls)})
 
 
-def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool, num_rows: int) -> Settings:
+def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool, num_rows: int, dim: int) -> Settings:
     """Fill in what a method's `auto` settings mean.
 
     Args:
@@ -51,6 +51,7 @@ def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool,
         output: output function of the features.
         has_labels: whether the data has label words.
         num_rows: n.
+        dim: p.
 
     Raises:
         MethodError: the method or its response cannot use these features.
@@ -76,7 +77,7 @@ def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool,
         own_labels = has_labels and output != "pntk"  # the gradient of a sum over classes knows no label
         response = ("labels" if own_labels else "unit") if config.response == "auto" else config.response
         _check_response(response, output, has_labels)
-    form: Form = _form(num_rows) if config.form == "auto" else config.form
+    form: Form = _form(num_rows, dim) if config.form == "auto" else config.form
     return Settings(
         method=method,
         center=(is_semivalue and not has_labels) if config.center == "auto" else config.center,
@@ -105,8 +106,8 @@ def _ensemble(config: ReduceConfig, kind: str, is_semivalue: bool) -> Literal["m
     return "members"
 
 
-def _form(num_rows: int) -> Form:
-    if num_rows > STREAMED:
+def _form(num_rows: int, dim: int) -> Form:
+    if num_rows > max(STREAMED, STREAMED_ROWS_A_DIM * dim):
         return "streamed"
     return "pairs" if num_rows <= LARGE else "total_gradient"
 

@@ -218,7 +218,7 @@ def test_a_dense_sketch_is_one_block(tmp_path):
 
 def test_datainf_has_no_ridge_to_choose():
     with pytest.raises(MethodError, match="datainf has a damping for each block"):
-        resolve(ReduceConfig(ridge="loo"), "datainf", "loss", False, 10)
+        resolve(ReduceConfig(ridge="loo"), "datainf", "loss", False, 10, 4)
 
 
 @pytest.mark.distributed

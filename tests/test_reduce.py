@@ -223,7 +223,7 @@ def test_streamed_semivalues_of_logits_are_near_the_total_gradient_and_cannot_be
         assert all(result.certificate.num_draws == 32 for result in results)
     for near, exact in zip(*found.values(), strict=True):
         assert 1e-6 < oracles.relative_error(near, exact) < 0.03
-    settings = resolve(ReduceConfig(form="streamed"), "shapley", "loss", False, 10)
+    settings = resolve(ReduceConfig(form="streamed"), "shapley", "loss", False, 10, 4)
     with pytest.raises(MethodError, match=r"not kept by the streamed form(.|\n)*reduce.form=total_gradient or cavity"):
         mean_field_of(settings)
 
@@ -420,7 +420,7 @@ def test_gradient_methods_refuse_logits(method):
     with pytest.raises(
         MethodError, match=rf"{method} needs one gradient per example(.|\n)*reduce\.methods=\[shapley\]"
     ):
-        resolve(ReduceConfig(), method, "logits", True, 10)
+        resolve(ReduceConfig(), method, "logits", True, 10, 4)
 
 
 @pytest.mark.parametrize(
@@ -434,19 +434,20 @@ def test_gradient_methods_refuse_logits(method):
 )
 def test_responses_that_do_not_fit_the_features_are_errors(response, output, has_labels, message):
     with pytest.raises(MethodError, match=message):
-        resolve(ReduceConfig(response=response), "shapley", output, has_labels, 10)
+        resolve(ReduceConfig(response=response), "shapley", output, has_labels, 10, 4)
 
 
 def test_auto_settings_follow_the_task_and_explicit_ones_win():
-    def chosen(method, has_labels, num_rows=10, **settings):
-        found = resolve(ReduceConfig(**settings), method, "loss", has_labels, num_rows)
+    def chosen(method, has_labels, num_rows=10, dim=4, **settings):
+        found = resolve(ReduceConfig(**settings), method, "loss", has_labels, num_rows, dim)
         return found.center, found.normalize, found.ridge, found.response, found.form
 
     assert chosen("shapley", False) == (True, True, 0.1, "unit", "pairs")
     assert chosen("shapley", True) == (False, True, "loo", "labels", "pairs")
     assert chosen("shapley", False, 2049) == (True, True, 0.1, "unit", "total_gradient")
     assert chosen("shapley", False, 20_001) == (True, True, 0.1, "unit", "streamed")
-    pntk = resolve(ReduceConfig(), "shapley", "pntk", True, 10)
+    assert chosen("shapley", False, 20_001, 1251) == (True, True, 0.1, "unit", "total_gradient")
+    pntk = resolve(ReduceConfig(), "shapley", "pntk", True, 10, 4)
     assert pntk.response == "unit", "it has no label in it"
     for method, normalize, ridge in (
         ("influence", False, 0.1),

@@ -109,8 +109,10 @@ def test_two_processes_agree_with_one_to_rounding(work, tmp_path):
             info, expected_info = dict(other.manifest.info), dict(store.manifest.info)
             curve = np.array(info.pop("loo_curve"))
             np.testing.assert_allclose(curve, np.array(expected_info.pop("loo_curve")), rtol=1e-9)
-            for name in {"sum_rule_error", "certificate"} & set(info):
-                assert info.pop(name) == pytest.approx(expected_info.pop(name), rel=1e-4, abs=1e-6)
+            if result.certificate is not None:
+                for name in ("sum_rule_error", "certificate"):
+                    value, expected_value = info.pop(name), expected_info.pop(name)
+                    assert value == expected_value is None or value == pytest.approx(expected_value, rel=1e-4, abs=1e-6)
             assert info == expected_info
             assert other.manifest.fingerprint == store.manifest.fingerprint
             assert other.verify() == []
@@ -168,7 +170,7 @@ def test_ranks_read_each_shard_once(tmp_path, num_rows):
     config = make_run(tmp_path)
     phi = draw(num_rows, DIM)
     store = write_features(config, phi)
-    settings = resolve(config.reduce, "influence", "loss", False, num_rows)
+    settings = resolve(config.reduce, "influence", "loss", False, num_rows, DIM)
     readers = [FeatureReader(store, _Part(rank, 3)) for rank in range(3)]
     parts = [reader.features(settings).gram for reader in readers]
     rows = phi[:, 0].astype(np.float64)

@@ -202,7 +202,7 @@ def reduce_cost(config: RunConfig, method: Method, num_rows: int, dim: int) -> d
         num_rows: n.
         dim: p.
     """
-    settings = resolve(config.reduce, method, config.features.output, bool(config.data.label_words), num_rows)
+    settings = resolve(config.reduce, method, config.features.output, bool(config.data.label_words), num_rows, dim)
     n, p, c, d = num_rows, dim, num_outputs(config), min(num_rows, dim)
     shard = 3 * _VECTOR_BYTES * min(_shard(config), n) * c * p  # two blocks are read ahead, one is written
     if settings.form == "streamed":

@@ -155,7 +155,7 @@ def _settings(config: RunConfig, utility: str) -> dict[str, Any]:
 def _kernel_settings(config: RunConfig, reader: FeatureReader) -> Any:
     """Return the resolved settings of the kernel game that sampling methods play."""
     has_labels = bool(reader.manifest.fingerprint["encoding"]["label_words"])
-    return resolve(config.reduce, "shapley", reader.output, has_labels, reader.manifest.num_rows)
+    return resolve(config.reduce, "shapley", reader.output, has_labels, reader.manifest.num_rows, reader.manifest.dim)
 
 
 def _game_fingerprint(config: RunConfig, reader: FeatureReader) -> Any:
