@@ -27,7 +27,7 @@ from llmattrib.estimators.quadrature import (
 )
 from llmattrib.estimators.streamed import StreamedField, StreamedResult
 from llmattrib.estimators.subset import Subset
-from llmattrib.games.kernel import FeatureRows, KernelGame, RowSpace, array_blocks
+from llmattrib.games.kernel import FeatureRows, KernelGame, RowSpace
 from llmattrib.methods import MethodName
 from llmattrib.progress import Progress
 from llmattrib.reader import FeatureReader, Representers
@@ -166,8 +166,7 @@ def follow(
 
 
 def _certificate(game: KernelGame, result: MeanFieldResult, semivalue: Semivalue, draws: int) -> Certificate:
-    rows = FeatureRows(array_blocks(game.features), *game.features.shape)
-    queries = sample_queries(rows, _CERTIFICATE_QUERIES, seed=0)
+    queries = sample_queries(FeatureRows.of(game.features), _CERTIFICATE_QUERIES, seed=0)
     return certify(game, result, queries, Subset(semivalue, num_draws=draws))
 
 

@@ -19,7 +19,7 @@ from llmattrib.estimators.certificate import certify, sample_queries
 from llmattrib.estimators.enumeration import Enumeration
 from llmattrib.estimators.mean_field import MeanField
 from llmattrib.estimators.subset import Subset
-from llmattrib.games.kernel import LOO_GRID, KernelGame, mean_square
+from llmattrib.games.kernel import LOO_GRID, FeatureRows, KernelGame, mean_square
 from llmattrib.lock import locked
 from llmattrib.reduce import reduce_run
 from llmattrib.scorers.gradient import unit_rows
@@ -243,7 +243,7 @@ def test_bias_of_the_mean_field_is_measured_and_kept(tmp_path):
     found = results[0].certificate
     assert (found.num_draws, found.num_queries) == (32, 32)
     game = KernelGame.relative(phi[:, 0].astype(np.float64), np.ones((30, 1)), 0.1)
-    queries = sample_queries(game.features, 32, 0)
+    queries = sample_queries(FeatureRows.of(game.features), 32, 0)
     expected = certify(game, MeanField().init(game), queries, Subset(num_draws=32)).summary()
     assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(expected), rel=1e-3, abs=1e-6)
     assert 0 <= found.bias <= found.upper < 0.5

@@ -12,7 +12,7 @@ from llmattrib.estimators.mean_field import MeanField
 from llmattrib.estimators.moments import Moments
 from llmattrib.estimators.quadrature import BANZHAF, LEAVE_ONE_OUT, ame, beta_shapley
 from llmattrib.estimators.subset import SolvedSubset, Subset
-from llmattrib.games.kernel import KernelGame
+from llmattrib.games.kernel import FeatureRows, KernelGame
 
 SHAPES = [(9, 4), (8, 8), (7, 20)]  # dual and primal solves, and a row space
 
@@ -147,7 +147,7 @@ def shifted(game, by):
 def test_certificate_measures_a_bias_without_the_noise(by):
     """Over 40 certificates: the estimate of |bias|^2 is unbiased, its standard error safe, its limit covers."""
     game = make(8, 4, ridge=0.3)
-    queries = sample_queries(game.features, 8, 0)
+    queries = sample_queries(FeatureRows.of(game.features), 8, 0)
     wrong, truth = shifted(game, by)
     gap = np.einsum("mp,ncp->mnc", queries, wrong.representers - truth)
     values = np.einsum("mp,ncp->mnc", queries, wrong.representers)
@@ -168,7 +168,7 @@ def test_certificate_measures_a_bias_without_the_noise(by):
 
 def test_certificate_shows_the_bias_of_the_cavity_form():
     game = make(10, 3, ridge=0.1, c=1)
-    queries = sample_queries(game.features, 16, 0)
+    queries = sample_queries(FeatureRows.of(game.features), 16, 0)
     cavity = certify(game, MeanField(form="cavity").init(game), queries, Subset(num_draws=512))
     pairs = certify(game, MeanField(form="pairs").init(game), queries, Subset(num_draws=512))
     assert cavity.bias - 2 * cavity.standard_error > pairs.upper
@@ -210,14 +210,14 @@ def test_certificates_that_cannot_be_are_errors():
 
 def test_sampled_queries_are_rows_and_combinations_of_their_size():
     features = make(30, 50).features
-    queries = sample_queries(features, 16, 0)
+    queries = sample_queries(FeatureRows.of(features), 16, 0)
     assert queries.shape == (16, 50)
     rows = {row.tobytes() for row in features}
     assert [query.tobytes() in rows for query in queries] == [True] * 8 + [False] * 8
     np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1)
     assert np.linalg.matrix_rank(np.concatenate([features, queries])) == 30
-    assert sample_queries(features[:3], 16, 0).shape == (16, 50)
-    assert not sample_queries(np.zeros((4, 2)), 6, 0).any()
+    assert sample_queries(FeatureRows.of(features[:3]), 16, 0).shape == (16, 50)
+    assert not sample_queries(FeatureRows.of(np.zeros((4, 2))), 6, 0).any()
 
 
 def test_moments_of_a_measurement_give_signs():

@@ -228,7 +228,8 @@ def suspicions(scores: RunScores) -> dict[str, Float[np.ndarray, " n"]]:
     config = scores.config
     reader = FeatureReader(scores.features)
     has_labels = bool(config.data.label_words)
-    settings = resolve(config.reduce, "shapley", reader.output, has_labels, reader.manifest.num_rows)
+    manifest = reader.manifest
+    settings = resolve(config.reduce, "shapley", reader.output, has_labels, manifest.num_rows, manifest.dim)
     ridge, _, _ = choose_ridge(settings, reader)
     assert ridge is not None
     games = [reader.game(settings, ridge, output) for output in range(reader.manifest.num_outputs)]

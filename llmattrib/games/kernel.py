@@ -165,6 +165,11 @@ class FeatureRows:
     total: Total = alone
     everything: Blocks | None = None
 
+    @classmethod
+    def of(cls, features: Float[np.ndarray, "n p"]) -> "FeatureRows":
+        """Serve an array to one process."""
+        return cls(array_blocks(features), *features.shape)
+
     def all_blocks(self) -> Iterator[tuple[int, Float[np.ndarray, "m p"]]]:
         """Yield (first row, rows) of all rows, whichever process they are of."""
         return (self.everything or self.blocks)()
