@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lds import EKFAC, adapter, figures, variant
+from benchmarks.lds import WHITENED, adapter, figures, variant
 from benchmarks.truth.margins import TASKS, load
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, load_config
@@ -81,7 +81,7 @@ def ekfac_at(task: str, where: str, rows: Any) -> dict[str, Any]:
     build_features(config)
     reduce_run(config)
     run = Run(config)
-    return {EKFAC: figures(lds(method_scores(run, "grad_dot", load_validation(run)), rows))}
+    return {WHITENED["grad_dot"]: figures(lds(method_scores(run, "grad_dot", load_validation(run)), rows))}
 
 
 def record(task: str, known: dict[str, Any], name: str, found: dict[str, Any]) -> None:

@@ -8,8 +8,8 @@ mean over training seeds. Scores: exact gradients (no sketch), each method at it
 
 Methods are named `method` (features at initialisation, one of them: the default), `method, k inits`, `method, early`
 (features at an adapter after a fine-tune of 2 epochs) and `method, k trained` (features at k adapters trained with
-different seeds). `ekfac_influence` is grad_dot on features whitened by EK-FAC. Baselines are those of `llmattrib
-evaluate`.
+different seeds). `ekfac_influence` and `ekfac_shapley` are grad_dot and Shapley on features whitened by EK-FAC.
+Baselines are those of `llmattrib evaluate`.
 `ceiling` is the score of the truth itself: one seed's margins against the mean of the others, sub-model by sub-model.
 Intervals are 95 %, over prompts and subsets. Adds to benchmarks/results/lds.json, task by task and name
 by name, and renders docs/choosing.md.
@@ -39,8 +39,9 @@ RESULT = HERE / "results" / "lds.json"
 PAGE = HERE.parent / "docs" / "choosing.md"
 BEGIN, END = "<!-- lds:begin -->\n", "<!-- lds:end -->\n"
 DEFAULT = "shapley"
-METHODS = ("shapley", "banzhaf", "leave_one_out", "influence", "trak", "grad_dot", "grad_cos")
-EKFAC = "ekfac_influence"
+METHODS = ("shapley", "banzhaf", "leave_one_out", "influence", "trak", "datainf", "grad_dot", "grad_cos")
+WHITENED = {"grad_dot": "ekfac_influence", "shapley": "ekfac_shapley"}
+"""Methods on features whitened by EK-FAC."""
 POINTS = {"init": (1, 5), "early": (1,), "trained": (1, 5)}
 EARLY_EPOCHS = 2
 
@@ -62,7 +63,7 @@ def variant(task: str, point: str, count: int, preconditioner: str = "none") -> 
     if preconditioner != "none":
         tree["run_dir"] += f"_{preconditioner}"
         tree["features"]["preconditioner"] = preconditioner
-        tree["reduce"]["methods"] = ["grad_dot"]
+        tree["reduce"]["methods"] = ["grad_dot", "shapley"]
     if point == "trained":
         tree["model"]["adapters"] = [adapter(base, seed) for seed in range(count)]
     elif point == "early":
@@ -84,7 +85,7 @@ def scores_of(config: RunConfig) -> Iterator[tuple[str, np.ndarray]]:
     run, is_whitened = Run(config), config.features.preconditioner == "ekfac"
     validation = load_validation(run)
     for method in config.reduce.methods:
-        yield (EKFAC if is_whitened else method), method_scores(run, method, validation)
+        yield (WHITENED[method] if is_whitened else method), method_scores(run, method, validation)
     if config.run_dir.endswith("init1"):
         for baseline in BASELINES:
             yield baseline, baseline_scores(run, baseline)
@@ -140,7 +141,7 @@ def table(result: dict[str, Any]) -> str:
             "| | " + " | ".join(columns) + " |",
             "|---" * (len(columns) + 1) + "|",
         ]
-        for method in (*METHODS, EKFAC, *BASELINES):
+        for method in (*METHODS, *WHITENED.values(), *BASELINES):
             cells = [found["methods"].get(method + suffix) for suffix in columns.values()]
             texts = [cell_text(cell) if cell else "" for cell in cells]
             lines.append(f"| {method} | " + " | ".join(texts) + " |")

@@ -15,7 +15,8 @@ from llmattrib.errors import MethodError, StaleIndexError
 from llmattrib.games.kernel import LOO_GRID, FeatureRows, KernelGame
 from llmattrib.scorers.datainf import ColumnBlock
 from llmattrib.scorers.gradient import absolute_ridge, unit_rows
-from llmattrib.settings import Response, Settings
+from llmattrib.sections import Method, ReduceConfig
+from llmattrib.settings import Response, Settings, resolve
 from llmattrib.store import RowStore
 
 Representers = Callable[[], Iterator[tuple[int, Float[np.ndarray, "m c p"]]]]
@@ -33,6 +34,17 @@ class FeatureReader:
         self.store, self.manifest, self.ranks = store, store.manifest, ranks or Ranks()
         self.output = str(store.manifest.fingerprint["features"]["output"])
         self._features: dict[tuple[bool, bool, int], FeatureRows] = {}
+
+    def resolve(self, config: ReduceConfig, method: Method) -> Settings:
+        """Return what the settings of a method mean for these features.
+
+        Raises:
+            MethodError: the method or its response cannot use them.
+        """
+        stored = self.manifest.fingerprint
+        has_labels, is_whitened = bool(stored["encoding"]["label_words"]), "preconditioner" in stored["features"]
+        num_rows, dim = self.manifest.num_rows, self.manifest.dim
+        return resolve(config, method, self.output, has_labels, num_rows, dim, is_whitened)
 
     def alone(self) -> "FeatureReader":
         """Return a reader of all shards for a rank that works while the others wait."""

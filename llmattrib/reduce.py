@@ -41,7 +41,7 @@ from llmattrib.scorers.members import Members
 from llmattrib.scorers.spectral import Spectral
 from llmattrib.sections import Method
 from llmattrib.semivalues import play
-from llmattrib.settings import Settings, resolve
+from llmattrib.settings import Settings
 from llmattrib.store import Manifest, RowStore
 
 MADE_BY = "llmattrib reduce"
@@ -112,11 +112,7 @@ def _reduce(config: RunConfig, ranks: Ranks, progress: Progress) -> list[dict[st
     store, methods = RowStore.open(config.layout.features), config.reduce.methods
     store.require_complete()
     reader = FeatureReader(store, ranks)
-    has_labels = bool(store.manifest.fingerprint["encoding"]["label_words"])
-    settings = [
-        resolve(config.reduce, method, reader.output, has_labels, store.manifest.num_rows, store.manifest.dim)
-        for method in methods
-    ]
+    settings = [reader.resolve(config.reduce, method) for method in methods]
     results: dict[Method, dict[str, Any]] = {}
     with locked(config.layout.path("representers")) if ranks.is_main else nullcontext():
         jobs = _jobs(config, store, settings, ranks)
@@ -227,7 +223,7 @@ def _stream(job: _Job, reader: FeatureReader, started: float, progress: Progress
         notes.append("on features of loss, trak equals influence: the gradient already carries the factor 1 - p")
     scorer: Scorer[Any]
     if settings.ensemble is None:
-        scorer = _scorer(settings, ridge, reader, reader.column_blocks())
+        scorer = _scorer(settings, ridge, reader)
     else:
         members = reader.members()
         widths = tuple(sum(block.width for block in blocks) for blocks in members)
@@ -241,8 +237,9 @@ def _stream(job: _Job, reader: FeatureReader, started: float, progress: Progress
 
 
 def _scorer(
-    settings: Settings, ridge: float | None, reader: FeatureReader, blocks: Sequence[ColumnBlock]
+    settings: Settings, ridge: float | None, reader: FeatureReader, blocks: Sequence[ColumnBlock] | None = None
 ) -> Scorer[Any]:
+    """Return the scorer of a method, of some columns or of all."""
     name = MethodName.parse(settings.method)
     if name.kind == "grad_dot":
         return GradDot()
@@ -254,7 +251,7 @@ def _scorer(
     if name.kind == "influence":
         return Influence(ridge)
     if name.kind == "datainf":
-        return DataInf(ridge, blocks)
+        return DataInf(ridge, blocks or reader.column_blocks())
     if name.kind == "trak":
         return Trak(ridge, weighted=reader.output != "loss")
     assert settings.iterations is not None

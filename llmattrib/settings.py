@@ -18,6 +18,8 @@ Response = Literal["labels", "unit", "residual"]
 Form = Literal["pairs", "total_gradient", "streamed", "cavity"]
 STREAMED, STREAMED_ROWS_A_DIM = 20_000, 16
 """`auto` streams above so many examples, and above so many for each dimension, where n^2 p passes 40 n p^2 FLOPs."""
+WHITENED_RIDGE = 10.0
+"""Of semivalues on whitened features, with and without label words: their rows are nearly orthogonal."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,15 @@ class Settings:
         return cls(**{field.name: info[field.name] for field in fields(cls)})
 
 
-def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool, num_rows: int, dim: int) -> Settings:
+def resolve(
+    config: ReduceConfig,
+    method: Method,
+    output: str,
+    has_labels: bool,
+    num_rows: int,
+    dim: int,
+    is_whitened: bool = False,
+) -> Settings:
     """Fill in what a method's `auto` settings mean.
 
     Args:
@@ -52,6 +62,7 @@ def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool,
         has_labels: whether the data has label words.
         num_rows: n.
         dim: p.
+        is_whitened: whether a preconditioner has taken the shared directions out of the features.
 
     Raises:
         MethodError: the method or its response cannot use these features.
@@ -65,7 +76,7 @@ def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool,
         )
     ridge: float | Literal["loo"] | None = None
     if kind not in ("grad_dot", "grad_cos", "spectral"):
-        ridge = ("loo" if is_semivalue and has_labels else 0.1) if config.ridge == "auto" else config.ridge
+        ridge = _auto_ridge(is_semivalue, has_labels, is_whitened) if config.ridge == "auto" else config.ridge
     if method == "datainf" and ridge == "loo":
         raise MethodError(
             "leave-one-out chooses the ridge of a Gram matrix, and datainf has a damping for each block",
@@ -80,7 +91,7 @@ def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool,
     form: Form = _form(num_rows, dim) if config.form == "auto" else config.form
     return Settings(
         method=method,
-        center=(is_semivalue and not has_labels) if config.center == "auto" else config.center,
+        center=(is_semivalue and not has_labels and not is_whitened) if config.center == "auto" else config.center,
         normalize=method == "grad_cos" or (is_semivalue if config.normalize == "auto" else config.normalize),
         dtype=config.dtype,
         ridge=ridge,
@@ -91,6 +102,12 @@ def resolve(config: ReduceConfig, method: Method, output: str, has_labels: bool,
         iterations=config.iterations if kind in ("influence_cg", "influence_lissa") else None,
         ensemble=_ensemble(config, kind, is_semivalue),
     )
+
+
+def _auto_ridge(is_semivalue: bool, has_labels: bool, is_whitened: bool) -> float | Literal["loo"]:
+    if is_semivalue and is_whitened:
+        return WHITENED_RIDGE
+    return "loo" if is_semivalue and has_labels else 0.1
 
 
 def _ensemble(config: ReduceConfig, kind: str, is_semivalue: bool) -> Literal["members"] | None:

@@ -438,8 +438,8 @@ def test_responses_that_do_not_fit_the_features_are_errors(response, output, has
 
 
 def test_auto_settings_follow_the_task_and_explicit_ones_win():
-    def chosen(method, has_labels, num_rows=10, dim=4, **settings):
-        found = resolve(ReduceConfig(**settings), method, "loss", has_labels, num_rows, dim)
+    def chosen(method, has_labels, num_rows=10, dim=4, is_whitened=False, **settings):
+        found = resolve(ReduceConfig(**settings), method, "loss", has_labels, num_rows, dim, is_whitened)
         return found.center, found.normalize, found.ridge, found.response, found.form
 
     assert chosen("shapley", False) == (True, True, 0.1, "unit", "pairs")
@@ -448,6 +448,10 @@ def test_auto_settings_follow_the_task_and_explicit_ones_win():
     assert chosen("shapley", False, 20_001) == (True, True, 0.1, "unit", "streamed")
     assert chosen("shapley", False, 20_001, 1251) == (True, True, 0.1, "unit", "total_gradient")
     pntk = resolve(ReduceConfig(), "shapley", "pntk", True, 10, 4)
+    for has_labels, response in ((False, "unit"), (True, "labels")):
+        assert chosen("shapley", has_labels, is_whitened=True) == (False, True, 10.0, response, "pairs")
+        assert chosen("shapley", has_labels, is_whitened=True, center=True, ridge=1)[:3] == (True, True, 1)
+    assert chosen("influence", False, is_whitened=True)[:3] == (False, False, 0.1)
     assert pntk.response == "unit", "it has no label in it"
     for method, normalize, ridge in (
         ("influence", False, 0.1),

@@ -41,7 +41,6 @@ from llmattrib.query import answered_slots, current_representers, in_slots
 from llmattrib.reader import FeatureReader, choose_ridge
 from llmattrib.rng import stream
 from llmattrib.sections import Method
-from llmattrib.settings import resolve
 
 NEIGHBORS, FOLDS = 10, 10
 
@@ -227,9 +226,7 @@ def suspicions(scores: RunScores) -> dict[str, Float[np.ndarray, " n"]]:
     """
     config = scores.config
     reader = FeatureReader(scores.features)
-    has_labels = bool(config.data.label_words)
-    manifest = reader.manifest
-    settings = resolve(config.reduce, "shapley", reader.output, has_labels, manifest.num_rows, manifest.dim)
+    settings = reader.resolve(config.reduce, "shapley")
     ridge, _, _ = choose_ridge(settings, reader)
     assert ridge is not None
     games = [reader.game(settings, ridge, output) for output in range(reader.manifest.num_outputs)]

@@ -202,7 +202,9 @@ def reduce_cost(config: RunConfig, method: Method, num_rows: int, dim: int) -> d
         num_rows: n.
         dim: p.
     """
-    settings = resolve(config.reduce, method, config.features.output, bool(config.data.label_words), num_rows, dim)
+    features, has_labels = config.features, bool(config.data.label_words)
+    is_whitened = features.preconditioner != "none"
+    settings = resolve(config.reduce, method, features.output, has_labels, num_rows, dim, is_whitened)
     n, p, c, d = num_rows, dim, num_outputs(config), min(num_rows, dim)
     shard = 3 * _VECTOR_BYTES * min(_shard(config), n) * c * p  # two blocks are read ahead, one is written
     if settings.form == "streamed":

@@ -25,7 +25,6 @@ from llmattrib.progress import Progress, silent
 from llmattrib.query import Run, current_representers
 from llmattrib.reader import FeatureReader
 from llmattrib.retrain import retrained_rows
-from llmattrib.settings import resolve
 from llmattrib.store import RowStore
 from llmattrib.train import training_inputs
 from llmattrib.values.estimates import (
@@ -154,8 +153,7 @@ def _settings(config: RunConfig, utility: str) -> dict[str, Any]:
 
 def _kernel_settings(config: RunConfig, reader: FeatureReader) -> Any:
     """Return the resolved settings of the kernel game that sampling methods play."""
-    has_labels = bool(reader.manifest.fingerprint["encoding"]["label_words"])
-    return resolve(config.reduce, "shapley", reader.output, has_labels, reader.manifest.num_rows, reader.manifest.dim)
+    return reader.resolve(config.reduce, "shapley")
 
 
 def _game_fingerprint(config: RunConfig, reader: FeatureReader) -> Any:
