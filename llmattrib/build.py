@@ -1,7 +1,8 @@
-"""Training examples to a store of features, shard by shard, on any number of ranks.
+"""Training examples to stores of features, shard by shard, on any number of ranks.
 
-The first rank checks that the store fits the settings (or creates it, with a sketch planned on a sample) and hands
-out the shards that are not there yet; ranks then work alone. Batches are formed within a shard, so a row's bytes
+What the stores hold is the business of products.py; they are built one after another. For each the first rank checks
+that the store fits the settings (or creates it, with a sketch planned on a sample) and hands out the shards that are
+not there yet; ranks then work alone. Batches are formed within a shard, so a row's bytes
 depend neither on the number of ranks nor on where an earlier run was stopped. Data that has grown at its end extends
 the store (append.py), with the sketch that was planned, and the curvature that was fitted, on the first examples.
 Under a launcher a rank that fails ends the job; committed shards are kept, and a rerun computes the others. A signal to
@@ -17,14 +18,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from importlib.metadata import version
-from typing import Any
 
-from llmattrib.append import content_fingerprint, extend
+from llmattrib.append import extend
 from llmattrib.config import RunConfig, config_to_yaml
 from llmattrib.data import load_examples, save_examples
 from llmattrib.distributed import Ranks
-from llmattrib.encoding import Encoded, EncodedSet, length_batches
+from llmattrib.encoding import Encoded, length_batches
 from llmattrib.errors import (
     FingerprintMismatchError,
     LlmattribError,
@@ -33,33 +32,22 @@ from llmattrib.errors import (
     StoreError,
     StoreNotFoundError,
 )
-from llmattrib.extraction import (
-    batch_memory,
-    calibration_batches,
-    encode_examples,
-    extract_rows,
-    load_extractor,
-    model_fingerprint,
-    resolved_config,
-)
-from llmattrib.features.extract import COLUMNS, Extractor
-from llmattrib.features.sketch import Sketch, SketchPlan
+from llmattrib.extraction import encode_examples, load_extractor, resolved_config
 from llmattrib.lock import Part, locked
 from llmattrib.manifest import differing
-from llmattrib.preconditioner import CURVATURE, curvature_digest, fit_curvature, load_curvature
+from llmattrib.products import Product, products
 from llmattrib.progress import Progress, silent
 from llmattrib.signals import deferred
-from llmattrib.storage import atomic_write, exists, require_space
-from llmattrib.store import Manifest, RowStore
+from llmattrib.storage import atomic_write
+from llmattrib.store import RowStore
+from llmattrib.words import has_words
 
-PACKAGES = ("llmattrib", "numpy", "peft", "tokenizers", "torch", "transformers", "zarr")
-"""Their versions are noted in the manifest."""
 MADE_BY = "llmattrib build"
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildResult:
-    """What a build did, the same on every rank.
+    """What a build did to one store, the same on every rank.
 
     Attributes:
         path: the store.
@@ -70,7 +58,8 @@ class BuildResult:
         num_skipped: examples left out because they did not fit.
         num_shards: shards in all.
         num_shards_done: shards computed by this run, on all ranks.
-        seconds: from start to end.
+        seconds: from start to end, of both stores.
+        words: the same of the word gradients, where the run has them.
     """
 
     path: str
@@ -82,20 +71,23 @@ class BuildResult:
     num_shards: int
     num_shards_done: int
     seconds: float
+    words: "BuildResult | None" = None
 
 
 def build_features(
     config: RunConfig, ranks: Ranks | None = None, progress: Progress = silent, part: Part | None = None
 ) -> BuildResult:
-    """Compute the features of all training examples into `config.layout.features`; go on where a run stopped.
+    """Compute the features of all training examples into the stores of the run; go on where a run stopped.
 
-    When the data has grown at its end since, full shards are kept and only what is new is computed.
+    These are `config.layout.features`, and `config.layout.words` where `tracin_we` is among the methods. When the data
+    has grown at its end since, full shards are kept and only what is new is computed.
 
     Args:
         config: the run.
         ranks: the processes of the job; called by all of them. One process by default.
-        progress: told, on the first rank, of examples done; from its own share it infers the others'.
-        part: the share of this job when several build the store together; by default it does all.
+        progress: told, on the first rank, of examples done; from its own share it infers the others'. It starts anew
+            with each store.
+        part: the share of this job when several build the stores together; by default it does all.
 
     Returns:
         What was done.
@@ -109,29 +101,38 @@ def build_features(
         NonFiniteGradientError: an example's gradient is NaN or infinite.
         DeviceMemoryError: a batch does not fit on the device.
         CurvatureError: the curvature does not fit the memory, or the file of the stored features is gone.
+        MethodError: word gradients are asked for and cannot be taken of these features.
         StoppedError: a signal asked a rank to stop; all have finished their shard, and others are pending.
     """
     started = time.perf_counter()
     ranks = ranks or Ranks()
-    path = config.layout.features
     with ranks.lockstep(), ExitStack() as held:
-        ranks.together(lambda: held.enter_context(locked(path)) if ranks.is_main and part is None else None)
+        places = [config.layout.features, *([config.layout.words] if has_words(config) else [])]
+        ranks.together(lambda: [held.enter_context(locked(path)) for path in places if ranks.is_main and part is None])
         examples = ranks.together(lambda: load_examples(config.data))  # first: quick, and most mistakes are here
         extractor = ranks.in_passes(lambda: load_extractor(config, ranks.sharding))
         encoded = ranks.together(lambda: encode_examples(config, extractor, examples))
-        curvature = _curvature(config, extractor, encoded.encoded, ranks)
-        plan = _plan(config, extractor, encoded.encoded, ranks)
-        with deferred() as is_asked:  # on every rank before the first shard of any
-            todo, num_appended = ranks.on_main(lambda: _join(config, extractor, encoded, plan, curvature, part, held))
-            curvature = None  # gigabytes, for large models; it is in its file now
-            store = RowStore.open(path, read_only=False)
-            ranks.together(lambda: load_curvature(config, extractor, store.manifest.info))
-            done = _write(config, extractor, encoded, store, ranks, todo, progress, lambda: ranks.is_any(is_asked()))
-            told = ranks.gather([done, is_asked()])
-        all_done = [shard for mine, _ in told for shard in mine]
-        ranks.on_main(lambda: _require_all(store, todo, all_done, any(asked for _, asked in told)))
+        made = ranks.together(lambda: products(config, extractor, encoded))
+        result, *others = [_build(product, ranks, progress, part, held) for product in made]
+    seconds = time.perf_counter() - started
+    return dataclasses.replace(result, words=others[0] if others else None, seconds=seconds)
+
+
+def _build(product: Product, ranks: Ranks, progress: Progress, part: Part | None, held: ExitStack) -> BuildResult:
+    """Fill the store of one product."""
+    started = time.perf_counter()
+    product.plan(ranks)
+    with deferred() as is_asked:  # on every rank before the first shard of any
+        todo, num_appended = ranks.on_main(lambda: _join(product, part, held))
+        store = RowStore.open(product.path, read_only=False)
+        ranks.together(lambda: product.begin(store))
+        done = _write(product, store, ranks, todo, progress, lambda: ranks.is_any(is_asked()))
+        told = ranks.gather([done, is_asked()])
+    all_done = [shard for mine, _ in told for shard in mine]
+    ranks.on_main(lambda: _require_all(store, todo, all_done, any(asked for _, asked in told)))
+    encoded = product.encoded
     return BuildResult(
-        path=path,
+        path=product.path,
         num_examples=len(encoded.encoded),
         num_appended=num_appended,
         num_tokens=sum(map(len, encoded.encoded)),
@@ -143,121 +144,48 @@ def build_features(
     )
 
 
-def _join(
-    config: RunConfig,
-    extractor: Extractor,
-    encoded: EncodedSet,
-    plan: SketchPlan,
-    curvature: bytes | None,
-    part: Part | None,
-    held: ExitStack,
-) -> tuple[list[int], int]:
-    """Prepare the store, but for a part beside others, which write by the plan that is there; hold the part's lock.
+def _join(product: Product, part: Part | None, held: ExitStack) -> tuple[list[int], int]:
+    """Prepare the store, but for a part beside others, which write by what is there; hold the part's lock.
 
     First rank only.
 
     Returns:
         The shards to compute, and how many rows were added to a store that was there.
     """
-    path, num_appended = config.layout.features, 0
-    manifest = _manifest(config, extractor, encoded, plan, curvature)
+    path, num_appended = product.path, 0
     if part is None:
-        return _prepare(config, encoded, manifest, curvature)
+        return _prepare(product)
     with part.joining(path) as has_others:
         if has_others:
             stored = RowStore.open(path, read_only=False)
-            keys = differing(stored.manifest.compared(), manifest.compared())
+            keys = differing(stored.manifest.compared(), product.manifest().compared())
             if keys:
                 raise FingerprintMismatchError(path, keys)
             pending = stored.pending()
         else:
-            pending, num_appended = _prepare(config, encoded, manifest, curvature)
+            pending, num_appended = _prepare(product)
         held.enter_context(locked(part.place(path)))
     return [shard for shard in pending if part.has(shard)], num_appended
 
 
-def _prepare(
-    config: RunConfig, encoded: EncodedSet, manifest: Manifest, curvature: bytes | None
-) -> tuple[list[int], int]:
+def _prepare(product: Product) -> tuple[list[int], int]:
     """Create, check or extend the store and save what belongs to it; return what `_join` does, of all shards."""
-    path, num_appended = config.layout.features, 0
+    config, num_appended, manifest = product.config, 0, product.manifest()
     try:
-        stored = RowStore.open(path, read_only=False)
+        stored = RowStore.open(product.path, read_only=False)
     except StoreNotFoundError:
-        if curvature is not None:
-            require_space(path, manifest.num_bytes + len(curvature))
-            atomic_write(config.layout.curvature, curvature)
+        product.precede(manifest)
     else:
-        num_appended = extend(stored, manifest, encoded, config.layout.examples)
-    store = RowStore.create(path, manifest)
-    save_examples(encoded.examples, config.layout.examples)
+        num_appended = extend(stored, manifest, product.encoded, config.layout.examples)
+    store = RowStore.create(product.path, manifest)
+    product.complete(store)
+    save_examples(product.encoded.examples, config.layout.examples)
     atomic_write(config.layout.config, config_to_yaml(resolved_config(config)).encode())
     return store.pending(), num_appended
 
 
-def _curvature(config: RunConfig, extractor: Extractor, encoded: Sequence[Encoded], ranks: Ranks) -> bytes | None:
-    """Fit what whitens the features of a new store, on the first rank, or on all where they share the weights.
-
-    Returns:
-        The file to save, on who fitted; None without a preconditioner, or where a store is there that has its own.
-    """
-    is_new = config.features.preconditioner != "none" and not ranks.on_main(lambda: exists(config.layout.features))
-
-    def fitted() -> bytes | None:
-        return fit_curvature(config, extractor, encoded) if is_new and (ranks.is_main or ranks.sharding) else None
-
-    return ranks.in_passes(fitted)
-
-
-def _plan(config: RunConfig, extractor: Extractor, encoded: Sequence[Encoded], ranks: Ranks) -> SketchPlan:
-    """Return the plan of the store's sketch, else the first rank's; where ranks share the weights all of them plan."""
-
-    def stored() -> dict[str, Any] | None:
-        try:
-            return dict(RowStore.open(config.layout.features).manifest.info["sketch_plan"])
-        except StoreNotFoundError:
-            return None
-
-    def planned() -> dict[str, Any] | None:
-        if not (ranks.is_main or ranks.sharding):
-            return None
-        sketch, sample = config.features.sketch, calibration_batches(config, encoded)
-        with batch_memory(config, max(map(len, sample))):
-            return extractor.plan(sketch.kind, config.seed, sketch.dim, sample).to_json()
-
-    plan = ranks.on_main(stored) or ranks.gather(ranks.in_passes(planned))[0]
-    return SketchPlan.from_json(plan)
-
-
-def _manifest(
-    config: RunConfig, extractor: Extractor, encoded: EncodedSet, plan: SketchPlan, curvature: bytes | None
-) -> Manifest:
-    data = content_fingerprint(encoded.examples, encoded.encoded)
-    return Manifest(
-        kind="features",
-        num_rows=len(encoded.encoded),
-        num_outputs=extractor.num_outputs,
-        dim=plan.dim,
-        dtype=config.features.dtype,
-        shard_size=config.features.shard_size,
-        columns=COLUMNS,
-        fingerprint={**model_fingerprint(config, extractor), "data": data},
-        info={
-            "sketch_plan": plan.to_json(),
-            "sketch_rows": len(encoded.encoded),
-            **({} if curvature is None else {CURVATURE: curvature_digest(curvature)}),
-            "label_ids": list(extractor.label_ids),
-            "num_truncated": encoded.num_truncated,
-            "num_skipped": encoded.num_skipped,
-            "versions": {package: version(package) for package in PACKAGES},
-        },
-    )
-
-
 def _write(
-    config: RunConfig,
-    extractor: Extractor,
-    encoded: EncodedSet,
+    product: Product,
     store: RowStore,
     ranks: Ranks,
     todo: Sequence[int],
@@ -265,8 +193,7 @@ def _write(
     is_stopped: Callable[[], bool],
 ) -> list[int]:
     """Compute and commit this rank's share of the shards `todo`, until stopped; return those that are done."""
-    sketch = Sketch(SketchPlan.from_json(dict(store.manifest.info["sketch_plan"])), extractor.loaded.device)
-    mine = ranks.share(todo)
+    mine, encoded = ranks.share(todo), product.encoded.encoded
     num_todo, num_mine = (sum(stop - start for start, stop in map(store.shard_range, part)) for part in (todo, mine))
     num_rows, num_done = store.manifest.num_rows, 0
     progress(num_rows - num_todo, num_rows)
@@ -275,11 +202,7 @@ def _write(
         progress(num_rows - num_todo + (num_done + done) * num_todo // num_mine, num_rows)
 
     def compute(shard: int) -> None:
-        part = slice(*store.shard_range(shard))
-        rows, columns = extract_rows(
-            config, extractor, sketch, encoded.encoded[part], encoded.examples[part], progress=report
-        )
-        store.write_shard(shard, rows, columns)
+        store.write_shard(shard, *product.rows(slice(*store.shard_range(shard)), report))
 
     num_rounds = -(-len(todo) // ranks.world_size) if ranks.sharding else len(mine)
     for number in range(num_rounds):
@@ -288,8 +211,8 @@ def _write(
         own = mine[number : number + 1]
         if ranks.sharding:
             shards = todo[number * ranks.world_size : (number + 1) * ranks.world_size]
-            parts = [encoded.encoded[slice(*store.shard_range(shard))] for shard in shards]
-            _in_step(config, extractor, sketch, parts, ranks, partial(_each, compute, own))
+            parts = [encoded[slice(*store.shard_range(shard))] for shard in shards]
+            _in_step(product, parts, ranks, partial(_each, compute, own))
         else:
             _each(compute, own)
         num_done += sum(stop - start for start, stop in map(store.shard_range, own))
@@ -301,25 +224,19 @@ def _each(action: Callable[[int], None], shards: Sequence[int]) -> None:
         action(shard)
 
 
-def _in_step(
-    config: RunConfig,
-    extractor: Extractor,
-    sketch: Sketch,
-    parts: Sequence[Sequence[Encoded]],
-    ranks: Ranks,
-    action: Callable[[], object],
-) -> None:
+def _in_step(product: Product, parts: Sequence[Sequence[Encoded]], ranks: Ranks, action: Callable[[], object]) -> None:
     """Run `action`, which computes one of `parts` or none, then padding batches up to those of the longest part."""
-    longest = max(len(length_batches(list(map(len, part)), config.features.tokens_per_batch)) for part in parts)
-    num_batches = extractor.num_batches + longest
+    budget = product.config.features.tokens_per_batch
+    longest = max(len(length_batches(list(map(len, part)), budget)) for part in parts)
+    num_batches = product.num_batches + longest
     failure: LlmattribError | None = None
     try:
         action()
     except (NonFiniteGradientError, StoreError) as error:  # between two batches: the others can still be told
         failure = error
     shortest = min((example for part in parts for example in part), key=len)
-    while extractor.num_batches < num_batches:
-        extractor.extract([shortest], sketch)
+    while product.num_batches < num_batches:
+        product.pad(shortest)
 
     def tell() -> None:
         if failure is not None:

@@ -70,6 +70,12 @@ METHOD_NOTES: dict[str, tuple[str, str, str, str]] = {
         "gradients differ much in length",
     ),
     "grad_cos": ("cosine of gradients", "its own feature; can be reranked", "n p", "the length of a gradient matters"),
+    "tracin_we": (
+        "TracIn on word embeddings: inner products of word gradients",
+        "its own words, from build; explains by words",
+        "n k d",
+        "what matters is in no shared word",
+    ),
 }
 """Method of reduce -> what a value is, what a representer needs, cost of reduce, when not to trust it."""
 VALUES_NOTES: dict[str, tuple[str, str, str, str]] = {

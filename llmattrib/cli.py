@@ -134,14 +134,15 @@ def _build(run: "RunConfig", quiet: bool, part: str | None = None) -> bool:
     with console.bar("build, examples", show=team.is_main and not quiet) as progress:
         result = build_features(run, team, progress, mine)
     if team.is_main:
-        _say(
-            quiet,
-            f"{_verb(result.num_shards_done == 0)} {result.path}: {result.num_examples:,} examples"
-            f"{f' ({result.num_appended:,} of them new)' if result.num_appended else ''}"
-            f"{_dropped(result.num_truncated, result.num_skipped)}, {result.num_tokens:,} tokens, "
-            f"{result.num_shards_done} of {result.num_shards} shards computed now"
-            f"{f' ({mine})' if mine else ''}, {result.seconds:.1f} s",
-        )
+        for store in (result, *filter(None, [result.words])):
+            _say(
+                quiet,
+                f"{_verb(store.num_shards_done == 0)} {store.path}: {store.num_examples:,} examples"
+                f"{f' ({store.num_appended:,} of them new)' if store.num_appended else ''}"
+                f"{_dropped(store.num_truncated, store.num_skipped)}, {store.num_tokens:,} tokens, "
+                f"{store.num_shards_done} of {store.num_shards} shards computed now"
+                f"{f' ({mine})' if mine else ''}, {store.seconds:.1f} s",
+            )
     return team.is_main and mine is None
 
 
@@ -330,8 +331,11 @@ def query(
         list[str] | None, typer.Option("--method", "-m", help="May be given several times.", show_default=False)
     ] = None,
     rerank: Annotated[
-        int, typer.Option(min=0, help="Recompute the first N with exact gradients (grad_dot and grad_cos).")
+        int, typer.Option(min=0, help="Recompute the first N with exact gradients (grad_dot, grad_cos, tracin_we).")
     ] = 0,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show the words through which each example acts (tracin_we).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt and method.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -348,7 +352,7 @@ def query(
         opened = Run(loaded)
         chosen = opened.methods(method)
         with redirect_stdout(sys.stderr):  # libraries that log to stdout would spoil --json
-            hits = opened.query_many(queries, top=top, methods=chosen, rerank=rerank)
+            hits = opened.query_many(queries, top=top, methods=chosen, rerank=rerank, explain=explain)
         if output:
             write_hits(hits, output)
             typer.echo(f"wrote {output}: {len(queries):,} prompts, {', '.join(chosen)}")

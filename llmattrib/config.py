@@ -36,6 +36,7 @@ from llmattrib.sections import (
     SlurmConfig,
     TrainConfig,
     ValuesConfig,
+    WordsConfig,
 )
 from llmattrib.storage import read_bytes
 
@@ -49,6 +50,7 @@ class RunConfig(Section):
     data: DataConfig
     train: TrainConfig = TrainConfig()
     features: FeaturesConfig = FeaturesConfig()
+    words: WordsConfig = WordsConfig()
     reduce: ReduceConfig = ReduceConfig()
     index: IndexConfig = IndexConfig()
     query: QueryConfig = QueryConfig()

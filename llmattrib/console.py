@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,7 +29,7 @@ from rich.text import Text
 
 from llmattrib.catalogue import METHOD_NOTES, VALUES_NOTES
 from llmattrib.errors import LlmattribError, StoppedError
-from llmattrib.hits import Hit, Hits
+from llmattrib.hits import Explanation, Hit, Hits
 from llmattrib.progress import Progress, silent
 from llmattrib.signals import EXIT_CODE as STOPPED
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 EXIT_CODE = 2
 INTERRUPTED = 130
 MIN_TEXT_WIDTH = 20
+SHOWN_WORDS = 6
 
 
 def print_error(error: LlmattribError, console: Console) -> None:
@@ -188,7 +190,11 @@ def print_hits(hits: Hits) -> None:
         highlight=False,
     )
     for title, style, rows in (("helpful", "green", hits.helpful), ("harmful", "red", hits.harmful)):
-        if rows:
+        if rows and rows[0].explanation is not None:
+            console.print(Text(f"Most {title}", style=f"bold {style}"))
+            for hit in rows:
+                _print_explained(console, hit, hit.explanation, style)
+        elif rows:
             console.print(_hits_table(f"Most {title}", style, rows, width))
         else:
             console.print(f"No {title} examples.")
@@ -207,6 +213,34 @@ def _hits_table(title: str, style: str, rows: Sequence[Hit], width: int) -> Tabl
         text = example_text(hit.prompt, hit.completion, width - used)
         table.add_row(str(hit.rank), f"{hit.value:+.3g}", f"{hit.share:+.1%}", Text(printable(hit.id)), text)
     return table
+
+
+def _print_explained(console: Console, hit: Hit, explanation: Explanation | None, style: str) -> None:
+    """Print an example with its words coloured by their values, and the values of the strongest."""
+    assert explanation is not None
+    console.print(Text.assemble(f"{hit.rank:>2}  ", (f"{hit.value:+.3g}", style), f"  {printable(hit.id)}"))
+    largest = max((abs(value) for _, value in explanation.words), default=0.0)
+    pieces = [
+        Text.assemble(*((printable(text), word_style(value, largest)) for text, value in part))
+        for part in (explanation.prompt, explanation.completion)
+    ]
+    text = Text.assemble(pieces[0], (" → ", "dim"), pieces[1])
+    console.print(Padding(text, (0, 0, 0, 4)))
+    shown = [
+        Text.assemble(f"{printable(word).strip()} ", (f"{value:+.2g}", word_style(value, largest)))
+        for word, value in explanation.words[:SHOWN_WORDS]
+    ]
+    left = len(explanation.words) - len(shown)
+    through = Text(", ").join(shown) if shown else Text("no word that both have")
+    console.print(Padding(Text.assemble(("through ", "dim"), through, f", {left} more" if left else ""), (0, 0, 0, 4)))
+
+
+def word_style(value: float, largest: float) -> str:
+    """Return the colour of a word: green where it helps and red where it harms, strong from half of the largest on."""
+    if value == 0 or largest == 0:
+        return ""
+    colour = "green" if value > 0 else "red"
+    return f"bold {colour}" if abs(value) >= largest / 2 else colour if abs(value) >= largest / 20 else ""
 
 
 def print_values(lowest: Sequence[Hit], highest: Sequence[Hit]) -> None:

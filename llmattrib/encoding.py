@@ -102,11 +102,27 @@ def uses_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> boo
     return config.chat_template == "auto" and bool(tokenizer.chat_template)
 
 
-def encode_prompt(prompt: Sequence[Message], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[int]:
-    """Tokenise a prompt up to where the completion begins.
+def render_prompt(
+    prompt: Sequence[Message], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> tuple[str, bool]:
+    """Return the text of a prompt up to where the completion begins, and whether the tokenizer adds BOS to it.
 
     `config.system` becomes the first turn when the prompt has no system turn. Without a template the turns'
     texts are joined by newlines, and BOS is added when the tokenizer does so.
+
+    Raises:
+        DataError: the template rejects the turns.
+    """
+    turns = list(prompt)
+    if config.system is not None and not any(turn["role"] == "system" for turn in turns):
+        turns.insert(0, Message(role="system", content=config.system))
+    if uses_template(tokenizer, config):
+        return _render(tokenizer, turns, add_generation_prompt=True), False
+    return "\n".join(turn["content"] for turn in turns), True
+
+
+def encode_prompt(prompt: Sequence[Message], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[int]:
+    """Tokenise what `render_prompt` returns.
 
     Returns:
         Token ids, at least one.
@@ -114,17 +130,12 @@ def encode_prompt(prompt: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
     Raises:
         DataError: the template rejects the turns, or no token comes out.
     """
-    turns = list(prompt)
-    if config.system is not None and not any(turn["role"] == "system" for turn in turns):
-        turns.insert(0, Message(role="system", content=config.system))
-    if uses_template(tokenizer, config):
-        ids = _ids(tokenizer, _render(tokenizer, turns, add_generation_prompt=True))
-    else:
-        ids = list(tokenizer("\n".join(turn["content"] for turn in turns))["input_ids"])
-        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # tokenizers that end every text
-            ids.pop()
+    text, with_bos = render_prompt(prompt, tokenizer, config)
+    ids = list(tokenizer(text, add_special_tokens=with_bos)["input_ids"])
+    if with_bos and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # tokenizers that end every text
+        ids.pop()
     if not ids:
-        raise DataError(f"the prompt {turns!r} has no tokens", expected="one or more", fix="give it some text")
+        raise DataError(f"the prompt {list(prompt)!r} has no tokens", expected="one or more", fix="give it some text")
     return ids
 
 

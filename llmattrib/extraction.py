@@ -191,7 +191,7 @@ def extract_rows(
             features = extractor.extract([encoded[row] for row in batch], sketch)
         bad = features.nonfinite_rows()
         if bad:
-            raise _not_finite(examples[batch[bad[0]]], float(features.columns["loss"][bad[0]]))
+            raise not_finite(examples[batch[bad[0]]], float(features.columns["loss"][bad[0]]))
         rows[batch] = features.phi
         for name in COLUMNS:
             columns[name][batch] = features.columns[name]
@@ -200,9 +200,11 @@ def extract_rows(
     return rows, columns
 
 
-def _not_finite(example: Example, loss: float) -> NonFiniteGradientError:
+def not_finite(example: Example, loss: float | None = None) -> NonFiniteGradientError:
+    """Return the error that names an example whose gradient is NaN or infinite."""
     return NonFiniteGradientError(
-        f"the gradient of example {example.id!r} (row {example.index}) is NaN or infinite; its loss is {loss:g}",
+        f"the gradient of example {example.id!r} (row {example.index}) is NaN or infinite"
+        + ("" if loss is None else f"; its loss is {loss:g}"),
         expected="finite numbers",
         fix="look at that example's text; if it is in order, try model.dtype=float32 (or bfloat16 for float16)",
     )

@@ -40,6 +40,22 @@ class Query:
 
 
 @dataclass(frozen=True)
+class Explanation:
+    """The words through which an example acts on a query.
+
+    Attributes:
+        words: (word, value) of each word that the example shares with the query, the largest first; the values sum to
+            that of the example. Tokens that count as one word are joined by `/`.
+        prompt: the example's prompt as (text, value of its word) token by token, 0 where a word has no value.
+        completion: the same of its completion.
+    """
+
+    words: tuple[tuple[str, float], ...]
+    prompt: tuple[tuple[str, float], ...]
+    completion: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
 class Hit:
     """One training example and its value for a query.
 
@@ -52,6 +68,7 @@ class Hit:
         value: attribution; positive is helpful: training on it raises the query's output (log-odds, margin, or
             minus the loss).
         share: value / sum of |value| over all training examples.
+        explanation: the words it acts through, where they were asked for.
     """
 
     rank: int
@@ -61,6 +78,7 @@ class Hit:
     completion: str
     value: float
     share: float
+    explanation: Explanation | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +96,7 @@ class Hits:
         total: sum of the values of all training examples (for Shapley: what training changed in all).
         num_examples: number of training examples.
         shares_exact: whether the denominator of the shares sums over all of them, or over a fixed random sample.
-        reranked: whether the values were recomputed with exact, unsketched gradients (`total` and the denominator of
+        reranked: whether the values are of exact, unsketched gradients (`total` and the denominator of
             the shares were not).
         id: the query's id.
     """
@@ -97,8 +115,12 @@ class Hits:
     id: str = ""
 
     def to_json(self) -> str:
-        """Return one line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        """Return one line of JSON; without `explanation` where there is none."""
+        tree = asdict(self)
+        for hit in (*tree["helpful"], *tree["harmful"]):
+            if hit["explanation"] is None:
+                del hit["explanation"]
+        return json.dumps(tree, ensure_ascii=False)
 
 
 def read_queries(path: str | Path, config: DataConfig) -> list[Query]:

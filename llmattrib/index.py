@@ -55,6 +55,8 @@ from llmattrib.rng import stream
 from llmattrib.sections import IndexConfig, Method
 from llmattrib.settings import Settings
 from llmattrib.store import RowStore
+from llmattrib.words import METHOD as WORDS
+from llmattrib.words import open_words
 
 try:
     import faiss
@@ -287,11 +289,12 @@ def _empty_scan(store: RowStore, config: RunConfig) -> tuple[Any, Callable[[np.n
     """
     num_rows, outputs, dim = store.manifest.num_rows, store.manifest.num_outputs, store.manifest.dim
     settings = Settings.stored(store.manifest.info)
-    features = RowStore.open(config.layout.features)
+    is_of_words = settings.method == WORDS
+    features = open_words(config) if is_of_words else RowStore.open(config.layout.features)
     features.require_complete()
     check_made_from(store, features)
     moments = second_moments(
-        features,
+        store if is_of_words else features,  # a query's sketch is made as the representers are
         store.read_vector("mean"),
         settings.normalize,
         SCAN_TRAINING_ROWS,

@@ -39,6 +39,11 @@ class RunLayout:
         return self.path("curvature.safetensors")
 
     @property
+    def words(self) -> str:
+        """The store of word gradients, where `tracin_we` is among the methods."""
+        return self.path("words.zarr")
+
+    @property
     def validation(self) -> str:
         """The features of the validation set of `values`."""
         return self.path("validation.zarr")

@@ -23,7 +23,7 @@ class Manifest:
     """What a store holds and what its numbers depend on.
 
     Attributes:
-        kind: `features` or `representers`.
+        kind: `features`, `words` or `representers`.
         num_rows: n.
         num_outputs: c, feature rows per example.
         dim: p.
@@ -34,7 +34,7 @@ class Manifest:
         info: what a reader needs or likes to know; not compared, and the stored one is kept on resume.
     """
 
-    kind: Literal["features", "representers"]
+    kind: Literal["features", "words", "representers"]
     num_rows: int
     num_outputs: int
     dim: int

@@ -1,6 +1,7 @@
 """Names of methods: what may be written, its one canonical spelling, and the file name that goes with it.
 
-    shapley, banzhaf, leave_one_out, influence, influence_cg, influence_lissa, trak, datainf, grad_dot, grad_cos
+    shapley, banzhaf, leave_one_out, influence, influence_cg, influence_lissa, trak, datainf, grad_dot, grad_cos,
+    tracin_we
     spectral(T,rate)        T steps of gradient descent, T whole; the rate is relative, see scorers/spectral.py
     beta_shapley(a,b)       a, b >= 1; a > b favours small subsets
     weighted_banzhaf(q)     every other example is there with probability q
@@ -12,7 +13,16 @@ have equal names, and equal files. The module knows nothing of what a method com
 
 from dataclasses import dataclass
 
-GRADIENT_METHODS = ("influence", "influence_cg", "influence_lissa", "trak", "datainf", "grad_dot", "grad_cos")
+GRADIENT_METHODS = (
+    "influence",
+    "influence_cg",
+    "influence_lissa",
+    "trak",
+    "datainf",
+    "grad_dot",
+    "grad_cos",
+    "tracin_we",
+)
 GRADIENT_FORMS = (*GRADIENT_METHODS, "spectral(T,rate)")
 SEMIVALUE_FORMS = (
     "shapley",

@@ -5,12 +5,13 @@
 
 The model is loaded at the first query and must be the one the features were made with. A store of per-class
 features (output `logits`) is asked about the class that was answered: its feature stands in that class's slot.
-`rerank` replaces the values of a shortlist by inner products of unsketched gradients (see rerank.py).
+`rerank` replaces the values of a shortlist by inner products of unsketched gradients (see rerank.py), which `tracin_we`
+does by itself; `explain` shows the words that its values are of (word_query.py).
 
 Limits: texts of all training examples are held in memory; queries are answered in one batch, [q, c, p] in memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from llmattrib.estimators.q_profile import QProfile
 from llmattrib.extraction import batch_memory, extract_rows, load_extractor, model_fingerprint
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
+from llmattrib.features.words import WordGradients
 from llmattrib.forward import completion_logits
 from llmattrib.hits import Hit, Hits, Query
 from llmattrib.index import VectorIndex, open_index
@@ -36,14 +38,15 @@ from llmattrib.methods import canonical
 from llmattrib.preconditioner import load_curvature
 from llmattrib.progress import Progress, silent
 from llmattrib.reader import FeatureReader, check_made_from
-from llmattrib.rerank import ExactScorer, check_rerank
+from llmattrib.rerank import ExactScorer, Pool, check_rerank, resorted
+from llmattrib.scorers.tracin_we import WordSketch
 from llmattrib.sections import Method
 from llmattrib.semivalues import follow
 from llmattrib.settings import Settings
 from llmattrib.store import RowStore
-
-Pool = tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]
-"""Values and rows found for each query, best first."""
+from llmattrib.word_query import WordQuery
+from llmattrib.words import METHOD as WORDS
+from llmattrib.words import open_words
 
 
 def in_slots(rows: Float[np.ndarray, "q c p"], slots: Int[np.ndarray, " q"]) -> Float[np.ndarray, "q c p"]:
@@ -60,6 +63,11 @@ def answered_slots(labels: Int[np.ndarray, " q"], output: str) -> Int[np.ndarray
 
 def current_representers(config: RunConfig, method: Method, features: RowStore) -> RowStore:
     """Open the representers of a method.
+
+    Args:
+        config: the run.
+        method: which.
+        features: what they are to be made from: gradient features, of `tracin_we` word gradients.
 
     Raises:
         StoreNotFoundError, IncompleteStoreError: they are missing or not finished.
@@ -80,12 +88,14 @@ class _Attribution:
         mean: [c, p], subtracted from a query's features.
         total: [c * p], the sum of all representers.
         normalize: whether a query is scaled to unit norm.
+        word_sketch: of word gradients, where the method is of these.
     """
 
     index: VectorIndex
     mean: Float[np.ndarray, "c p"]
     total: Float[np.ndarray, " d"]
     normalize: bool
+    word_sketch: WordSketch | None
 
     def query_vectors(self, phi: Float[np.ndarray, "q c p"], slots: Int[np.ndarray, " q"]) -> Float[np.ndarray, "q d"]:
         """Return what inner products are taken with: features transformed, in the slot of the answered class."""
@@ -156,6 +166,19 @@ class Run:
         return extractor
 
     @cached_property
+    def _words(self) -> WordQuery:
+        return WordQuery(self.config, self.extractor, open_words(self.config))
+
+    def source(self, method: Method) -> RowStore:
+        """Return the store that the representers of a method are made from."""
+        return open_words(self.config) if method == WORDS else self._features
+
+    def word_values(self, examples: Sequence[Example]) -> Float[np.ndarray, "q n"]:
+        """Return the exact `tracin_we` values of all training examples for answered queries."""
+        encoded = [self._encode(example) for example in examples]
+        return self._words.all_values(self._words.gradients(examples, encoded))
+
+    @cached_property
     def sketch(self) -> Sketch:
         """The sketch of the stored features."""
         plan = SketchPlan.from_json(dict(self._features.manifest.info["sketch_plan"]))
@@ -169,6 +192,7 @@ class Run:
         top: int | None = None,
         method: Method | None = None,
         rerank: int = 0,
+        explain: bool = False,
     ) -> Hits:
         """Find the training examples that helped and hindered an answer most.
 
@@ -177,7 +201,9 @@ class Run:
             completion: the answer; generated when None.
             top: examples of either kind (default: the config's).
             method: default: the config's.
-            rerank: recompute the values of the first so many of either kind with exact gradients; 0 does not.
+            rerank: recompute the values of the first so many of either kind with exact gradients; 0 does not, save
+                for `tracin_we`, which does so for `words.shortlist`.
+            explain: find the words through which each example acts; for `tracin_we`.
 
         Raises:
             MethodError: the method was not reduced, or cannot be reranked.
@@ -186,7 +212,8 @@ class Run:
             OverlongExampleError, LabelWordError: the prompt or the completion cannot be used.
         """
         queries = [Query.of(prompt, completion)]
-        return self.query_many(queries, top=top, methods=[method] if method else None, rerank=rerank)[0]
+        methods = [method] if method else None
+        return self.query_many(queries, top=top, methods=methods, rerank=rerank, explain=explain)[0]
 
     def query_many(
         self,
@@ -195,6 +222,7 @@ class Run:
         top: int | None = None,
         methods: Sequence[Method] | None = None,
         rerank: int = 0,
+        explain: bool = False,
     ) -> list[Hits]:
         """Answer several queries by several methods: one model pass for all, query by query, method by method.
 
@@ -203,25 +231,41 @@ class Run:
             top: examples of either kind (default: the config's).
             methods: default: the config's one.
             rerank: see `query`.
+            explain: see `query`.
 
         Raises:
             As `query`.
         """
         top = top or self.config.query.top
         methods = self.methods(methods)
+        if explain and {*methods} != {WORDS}:
+            raise MethodError(
+                f"only {WORDS} explains its values by words, and asked were {', '.join(methods)}",
+                expected=f"the method {WORDS}",
+                fix=f"ask for {WORDS} alone, or leave the explanation out",
+            )
         found = {method: self._attribution(method) for method in methods}
         if rerank:
             check_rerank(methods, rerank, top, is_centred=any(item.mean.any() for item in found.values()))
         examples = self.answers(queries)
         encoded = [self._encode(example) for example in examples]
-        phi = self.features(examples, encoded)
+        by_words = self._words.gradients(examples, encoded) if WORDS in found else []
+        phi = self.features(examples, encoded) if {*found} - {WORDS} else None
         slots = answered_slots(np.array([item.label for item in encoded], np.int64), self.config.features.output)
         hits: dict[Method, list[Hits]] = {}
         for method, attribution in found.items():
-            vectors = attribution.query_vectors(phi, slots)
-            pools = list(attribution.index.extremes(vectors, max(top, rerank)))
-            if rerank:
-                pools = self._reranked(attribution, examples, encoded, pools)
+            sketch, shortlist = attribution.word_sketch, rerank
+            if sketch is not None:
+                vectors = sketch.apply([item.words for item in by_words], [item.rows for item in by_words])
+                shortlist = rerank or self.config.words.shortlist
+            else:
+                assert phi is not None
+                vectors = attribution.query_vectors(phi, slots)
+            pools: list[Pool] = list(attribution.index.extremes(vectors, max(top, shortlist)))
+            if sketch is not None:
+                pools = resorted(pools, lambda row, rows: self._words.values(by_words[row], rows))
+            elif rerank:
+                pools = resorted(pools, self._exact(attribution, examples, encoded))
             magnitudes, totals = attribution.index.sum_of_magnitudes(vectors), vectors @ attribution.total
             hits[method] = [
                 Hits(
@@ -230,15 +274,16 @@ class Run:
                     generated=query.completion is None,
                     is_cut=not example.is_whole,
                     method=method,
-                    helpful=self._hits(pools[0], row, top, 1, float(magnitudes[row])),
-                    harmful=self._hits(pools[1], row, top, -1, float(magnitudes[row])),
+                    helpful=self._hits(pools[0], row, top, 1, float(magnitudes[row]), explained),
+                    harmful=self._hits(pools[1], row, top, -1, float(magnitudes[row]), explained),
                     total=float(totals[row]),
                     num_examples=attribution.index.num_rows,
                     shares_exact=attribution.index.is_sum_exact,
-                    reranked=bool(rerank),
+                    reranked=bool(shortlist),
                     id=query.id,
                 )
                 for row, (query, example) in enumerate(zip(queries, examples, strict=True))
+                for explained in [by_words[row] if explain else None]
             ]
         return [hits[method][row] for row in range(len(queries)) for method in methods]
 
@@ -358,39 +403,44 @@ class Run:
     def _attribution(self, method: Method) -> _Attribution:
         if method not in self._attributions:
             index = open_index(self.config, method)
-            store = current_representers(self.config, method, self._features)
+            store = current_representers(self.config, method, self.source(method))
             mean, total = store.read_vector("mean"), store.read_vector("total").reshape(-1)
-            self._attributions[method] = _Attribution(index, mean, total, bool(store.manifest.info["normalize"]))
+            info = store.manifest.info
+            sketch = WordSketch(**info["word_sketch"]) if method == WORDS else None
+            self._attributions[method] = _Attribution(index, mean, total, bool(info["normalize"]), sketch)
         return self._attributions[method]
 
-    def _reranked(
-        self, attribution: _Attribution, examples: Sequence[Example], encoded: Sequence[Encoded], pools: list[Pool]
-    ) -> list[Pool]:
-        """Replace the values of both pools by exact ones and sort again."""
-        values = [np.full(scores.shape, np.nan, np.float32) for scores, _ in pools]
-        for row, query in enumerate(examples):
-            scorer = ExactScorer(self.config, self.extractor, query, encoded[row], cosine=attribution.normalize)
-            found = np.unique(np.concatenate([rows[row] for _, rows in pools]))
-            found = found[found >= 0]
-            exact = scorer.values([self.examples[k] for k in found.tolist()])
-            for side, (_, rows) in enumerate(pools):
-                is_found = rows[row] >= 0
-                values[side][row, is_found] = exact[np.searchsorted(found, rows[row][is_found])]
-        reranked = []
-        for side, (_, rows) in enumerate(pools):
-            sign = (1, -1)[side]
-            order = np.lexsort((rows, -sign * values[side]), axis=1)  # NaN, of rows not found, is last
-            reranked.append((np.take_along_axis(values[side], order, 1), np.take_along_axis(rows, order, 1)))
-        return reranked
+    def _exact(
+        self, attribution: _Attribution, examples: Sequence[Example], encoded: Sequence[Encoded]
+    ) -> Callable[[int, Int[np.ndarray, " k"]], Float[np.ndarray, " k"]]:
+        """Return what values training examples for one of the queries by exact gradients."""
 
-    def _hits(self, pool: Pool, row: int, top: int, sign: int, magnitude: float) -> tuple[Hit, ...]:
-        """Return the first `top` hits of one query that have the wanted sign."""
+        def values(row: int, rows: Int[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
+            cosine = attribution.normalize
+            scorer = ExactScorer(self.config, self.extractor, examples[row], encoded[row], cosine=cosine)
+            return scorer.values([self.examples[k] for k in rows.tolist()])
+
+        return values
+
+    def _hits(
+        self, pool: Pool, row: int, top: int, sign: int, magnitude: float, explained: WordGradients | None
+    ) -> tuple[Hit, ...]:
+        """Return the first `top` hits of one query that have the wanted sign; explained by its word gradients."""
         found = [
             (float(value), self.examples[k])
             for value, k in zip(pool[0][row].tolist(), pool[1][row].tolist(), strict=True)
             if k >= 0 and sign * value > 0
         ]
         return tuple(
-            Hit(rank, example.index, example.id, example.prompt_text, example.completion, value, value / magnitude)
+            Hit(
+                rank,
+                example.index,
+                example.id,
+                example.prompt_text,
+                example.completion,
+                value,
+                value / magnitude,
+                None if explained is None else self._words.explanation(explained, example),
+            )
             for rank, (value, example) in enumerate(found[:top], start=1)
         )

@@ -39,10 +39,13 @@ from llmattrib.scorers.gradient import GradCos, GradDot, Influence, Scorer, Trak
 from llmattrib.scorers.iterative import TOLERANCE, InfluenceCg, InfluenceLissa, LissaState
 from llmattrib.scorers.members import Members
 from llmattrib.scorers.spectral import Spectral
+from llmattrib.scorers.tracin_we import WordSketch
 from llmattrib.sections import Method
 from llmattrib.semivalues import play
 from llmattrib.settings import Settings
 from llmattrib.store import Manifest, RowStore
+from llmattrib.words import METHOD as WORDS
+from llmattrib.words import has_words, open_words, stored_words
 
 MADE_BY = "llmattrib reduce"
 _STEPS = 100  # of progress, for each method
@@ -112,16 +115,20 @@ def _reduce(config: RunConfig, ranks: Ranks, progress: Progress) -> list[dict[st
     store, methods = RowStore.open(config.layout.features), config.reduce.methods
     store.require_complete()
     reader = FeatureReader(store, ranks)
+    words = open_words(config) if has_words(config) else None
     settings = [reader.resolve(config.reduce, method) for method in methods]
     results: dict[Method, dict[str, Any]] = {}
     with locked(config.layout.path("representers")) if ranks.is_main else nullcontext():
-        jobs = _jobs(config, store, settings, ranks)
+        jobs = _jobs(config, store, words, settings, ranks)
         for group in _together(jobs):
 
             def report(done: int, total: int, before: int = len(results), size: int = len(group)) -> None:
                 progress(_STEPS * before + size * _STEPS * done // total, len(jobs) * _STEPS)
 
-            results |= _run(group, reader, report)
+            if words is not None and group[0].settings.method == WORDS:
+                results[WORDS] = _sketch_words(config, group[0], words, ranks, report)
+            else:
+                results |= _run(group, reader, report)
             report(1, 1)
         return ranks.on_main(lambda: [results[method] for method in methods])
 
@@ -145,16 +152,21 @@ class _Job:
     info: dict[str, Any] | None
 
 
-def _jobs(config: RunConfig, store: RowStore, settings: Sequence[Settings], ranks: Ranks) -> list[_Job]:
+def _jobs(
+    config: RunConfig, store: RowStore, words: RowStore | None, settings: Sequence[Settings], ranks: Ranks
+) -> list[_Job]:
     """Return the methods' jobs as the first rank finds them."""
     paths = [config.layout.representers(item.method) for item in settings]
 
     def find() -> list[Any]:
         data = store.digest()
-        return [
-            _find(path, {"features": data, "settings": digest(dataclasses.asdict(item))})
-            for path, item in zip(paths, settings, strict=True)
-        ]
+        prints = [{"features": data, "settings": digest(dataclasses.asdict(item))} for item in settings]
+        for number, item in enumerate(settings):
+            if words is not None and item.method == WORDS:
+                sketch = dataclasses.asdict(_word_sketch(config, words))
+                made_with = digest({**dataclasses.asdict(item), "sketch": sketch})
+                prints[number] = {"features": words.digest(), "settings": made_with}
+        return [_find(path, fingerprint) for path, fingerprint in zip(paths, prints, strict=True)]
 
     found = ranks.on_main(find)
     return [_Job(path, item, *known) for path, item, known in zip(paths, settings, found, strict=True)]
@@ -180,7 +192,7 @@ def _run(jobs: list[_Job], reader: FeatureReader, progress: Progress) -> dict[Me
     """Make the stores of methods that are computed together, or reuse the one of a single method."""
     started, first = time.perf_counter(), jobs[0]
     if first.info is not None:
-        return {first.settings.method: _result(first, first.info, reader, started)}
+        return {first.settings.method: _result(first, first.info, reader.manifest.num_rows, started)}
     if MethodName.parse(first.settings.method).is_semivalue:
         if first.settings.form == "streamed":
             return _sweep(jobs, reader, started, progress)
@@ -188,11 +200,11 @@ def _run(jobs: list[_Job], reader: FeatureReader, progress: Progress) -> dict[Me
     return {first.settings.method: _stream(first, reader, started, progress)}
 
 
-def _result(job: _Job, info: dict[str, Any], reader: FeatureReader, started: float) -> dict[str, Any]:
+def _result(job: _Job, info: dict[str, Any], num_rows: int, started: float) -> dict[str, Any]:
     return {
         "method": job.settings.method,
         "path": job.path,
-        "num_examples": reader.manifest.num_rows,
+        "num_examples": num_rows,
         "ridge": info["ridge"],
         "sum_rule_error": info.get("sum_rule_error"),
         "certificate": info.get("certificate"),
@@ -211,7 +223,8 @@ def _sweep(jobs: list[_Job], reader: FeatureReader, started: float, progress: Pr
     played = play([job.settings for job in jobs], ridge, reader, progress)
     for job, (measured, representers) in zip(jobs, played, strict=True):
         info = {"ridge": ridge, "loo_curve": curve, **measured, "notes": notes + measured["notes"]}
-        results[job.settings.method] = _write(job, reader, info, representers, started)
+        center = reader.center(job.settings)
+        results[job.settings.method] = _write(job, reader.manifest, center, info, representers, reader.ranks, started)
     return results
 
 
@@ -233,7 +246,8 @@ def _stream(job: _Job, reader: FeatureReader, started: float, progress: Progress
         if isinstance(own, LissaState) and own.residual > TOLERANCE:
             notes.append(f"LiSSA stops after {own.iterations} iterations with residuals of up to {own.residual:.2g}")
     representers = _score(scorer, state, settings, reader, progress)
-    return _write(job, reader, {"ridge": ridge, "loo_curve": curve, "notes": notes}, representers, started)
+    info = {"ridge": ridge, "loo_curve": curve, "notes": notes}
+    return _write(job, reader.manifest, reader.center(settings), info, representers, reader.ranks, started)
 
 
 def _scorer(
@@ -274,22 +288,60 @@ def _score(
     return representers
 
 
+def _word_sketch(config: RunConfig, words: RowStore) -> WordSketch:
+    return WordSketch.planned(config.seed, words.manifest.dim, config.words.sketch_dim, config.words.sketch_width)
+
+
+def _sketch_words(config: RunConfig, job: _Job, words: RowStore, ranks: Ranks, progress: Progress) -> dict[str, Any]:
+    """Make the store of sketched word gradients, by all ranks."""
+    started = time.perf_counter()
+    if job.info is not None:
+        return _result(job, job.info, words.manifest.num_rows, started)
+    sketch, mine = _word_sketch(config, words), ranks.share(range(words.num_shards))
+
+    def representers() -> Iterator[tuple[int, Float[np.ndarray, "m c p"]]]:
+        for done, (start, rows) in enumerate(words.blocks(mine), start=1):
+            named = stored_words(words, start, start + len(rows))
+            yield start, sketch.apply(list(named), list(rows))[:, None]
+            progress(done, len(mine))
+
+    shape = dataclasses.replace(words.manifest, num_outputs=1, dim=sketch.dim)
+    info: dict[str, Any] = {"ridge": None, "loo_curve": [], "notes": [], "word_sketch": dataclasses.asdict(sketch)}
+    center = np.zeros((1, sketch.dim), np.float32)
+    return _write(job, shape, center, info, representers, ranks, started)
+
+
 def _write(
-    job: _Job, reader: FeatureReader, info: dict[str, Any], representers: Representers, started: float
+    job: _Job,
+    features: Manifest,
+    center: Float[np.ndarray, "c p"],
+    info: dict[str, Any],
+    representers: Representers,
+    ranks: Ranks,
+    started: float,
 ) -> dict[str, Any]:
     """Write shards that are not there yet, each rank its own; return the fields of the method's result.
 
     The last one is committed after the vectors, so complete means all.
+
+    Args:
+        job: the method.
+        features: rows, outputs, width and shards of the store.
+        center: the vector `mean`.
+        info: of the store, beside the settings.
+        representers: this rank's.
+        ranks: the processes of the job.
+        started: when the method was begun.
     """
-    info, ranks, center = {**dataclasses.asdict(job.settings), **info}, reader.ranks, reader.center(job.settings)
-    pending = ranks.on_main(lambda: _create(job, reader.manifest, info))
+    info = {**dataclasses.asdict(job.settings), **info}
+    pending = ranks.on_main(lambda: _create(job, features, info))
     store, todo, last = RowStore.open(job.path, made_by=MADE_BY, read_only=False), set(pending[:-1]), pending[-1]
     held: list[np.ndarray] = []
 
     def write() -> Float[np.ndarray, "c p"]:
         total = np.zeros(center.shape)
         for start, rows in representers():
-            shard = start // reader.manifest.shard_size
+            shard = start // features.shard_size
             total += rows.sum(axis=0, dtype=np.float64)
             if shard == last:
                 held.append(rows)
@@ -310,7 +362,7 @@ def _write(
             store.write_shard(last, rows, {})
 
     ranks.together(write_last)
-    return _result(job, info, reader, started)
+    return _result(job, info, features.num_rows, started)
 
 
 def _create(job: _Job, features: Manifest, info: dict[str, Any]) -> list[int]:

@@ -1,14 +1,15 @@
 """Exact inner products of a query with a shortlist: the gradients themselves, not their sketches.
 
-Only for methods whose representer of an example is a function of that example alone (grad_dot, grad_cos): the others
-weigh an example by the whole set, so an exact value would need the exact gradients of all. Exact gradients are as
-long as the LoRA adapter and are computed batch by batch, at most `MAX_EXACT_BYTES` of them at a time.
+Only for methods whose representer of an example is a function of that example alone: grad_dot, grad_cos and, from what
+is stored of its words (word_query.py), tracin_we. The others weigh an example by the whole set, so an exact value would
+need the exact gradients of all. Exact gradients are as long as the LoRA adapter and are computed batch by batch, at
+most `MAX_EXACT_BYTES` of them at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from llmattrib.config import RunConfig
 from llmattrib.data import Example
@@ -19,9 +20,12 @@ from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch
 from llmattrib.scorers.gradient import unit_rows
 from llmattrib.sections import Method
+from llmattrib.words import METHOD as WORDS
 
-RERANKED: tuple[Method, ...] = ("grad_dot", "grad_cos")
+RERANKED: tuple[Method, ...] = ("grad_dot", "grad_cos", WORDS)
 MAX_EXACT_BYTES = 1 << 30
+Pool = tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]
+"""Values and rows found for each query, best first."""
 
 
 def check_rerank(methods: Sequence[Method], num_candidates: int, top: int, is_centred: bool) -> None:
@@ -55,6 +59,31 @@ def check_rerank(methods: Sequence[Method], num_candidates: int, top: int, is_ce
             expected="reduce.center=false",
             fix="leave --rerank out, or reduce with reduce.center=false",
         )
+
+
+def resorted(
+    pools: Sequence[Pool], exact: Callable[[int, Int[np.ndarray, " k"]], Float[np.ndarray, " k"]]
+) -> list[Pool]:
+    """Replace the values of the pools of the largest and of the smallest by exact ones, and sort again.
+
+    Args:
+        pools: both; row -1 is no row.
+        exact: (query, rows) -> their values.
+    """
+    values = [np.full(scores.shape, np.nan, np.float32) for scores, _ in pools]
+    for query in range(len(pools[0][1])):
+        found = np.unique(np.concatenate([rows[query] for _, rows in pools]))
+        found = found[found >= 0]
+        scores = exact(query, found)
+        for side, (_, rows) in enumerate(pools):
+            is_found = rows[query] >= 0
+            values[side][query, is_found] = scores[np.searchsorted(found, rows[query][is_found])]
+    sorted_again = []
+    for side, (_, rows) in enumerate(pools):
+        sign = (1, -1)[side]
+        order = np.lexsort((rows, -sign * values[side]), axis=1)  # NaN, of rows not found, is last
+        sorted_again.append((np.take_along_axis(values[side], order, 1), np.take_along_axis(rows, order, 1)))
+    return sorted_again
 
 
 class ExactScorer:

@@ -187,6 +187,29 @@ class FeaturesConfig(Section):
         return self
 
 
+class WordsConfig(Section):
+    """Word gradients, which `tracin_we` reads: gradients at the output of the input embedding, summed over a word.
+
+    `build` makes them, at `features.linearisation` and of `features.output`, when `tracin_we` is among
+    `reduce.methods`. `top_positions` of an example are kept, those of the largest gradients; null keeps all.
+    `exclude` leaves out tokens that are no words of the example: `special` tokens (padding, BOS, EOS, turn marks), and
+    with `template` all text of the chat template and `data.system`; `none` is raw.
+    `synonym_cosine` takes tokens whose embeddings have this cosine or more for one word.
+    `adapter_weights` weigh `model.adapters` (learning rates, of checkpoints); all alike, with sum 1, when empty.
+    `sketch_dim` numbers an example are searched; `sketch_width` of them stand for a word, as many as its gradient has
+    when null, so that the rest makes buckets. `shortlist` examples of either kind are then valued exactly.
+    """
+
+    top_positions: PositiveInt | None = 10
+    exclude: Literal["template", "special", "none"] = "template"
+    synonym_cosine: Annotated[float, Field(gt=0, le=1)] | None = None
+    adapter_weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    dtype: Literal["float16", "float32"] = "float16"
+    sketch_dim: PositiveInt = 8192
+    sketch_width: PositiveInt | None = None
+    shortlist: PositiveInt = 100
+
+
 class ReduceConfig(Section):
     """How features become representers.
 

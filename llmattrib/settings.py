@@ -74,8 +74,14 @@ def resolve(
             expected="features.output loss, log_odds, margin or pntk",
             fix="set reduce.methods=[shapley] or other semivalues, or build features of output margin",
         )
+    if kind == "tracin_we" and (config.center is True or config.normalize is True):
+        raise MethodError(
+            "tracin_we is of word gradients as they are: no mean is taken off and no length is scaled",
+            expected="reduce.center and reduce.normalize auto or false",
+            fix="reduce tracin_we by itself, or set them to auto",
+        )
     ridge: float | Literal["loo"] | None = None
-    if kind not in ("grad_dot", "grad_cos", "spectral"):
+    if kind not in ("grad_dot", "grad_cos", "spectral", "tracin_we"):
         ridge = _auto_ridge(is_semivalue, has_labels, is_whitened) if config.ridge == "auto" else config.ridge
     if method == "datainf" and ridge == "loo":
         raise MethodError(
@@ -112,7 +118,7 @@ def _auto_ridge(is_semivalue: bool, has_labels: bool, is_whitened: bool) -> floa
 
 def _ensemble(config: ReduceConfig, kind: str, is_semivalue: bool) -> Literal["members"] | None:
     """Return `members` where it makes a difference to a method."""
-    if config.ensemble == "kernel" or is_semivalue or kind in ("grad_dot", "grad_cos"):
+    if config.ensemble == "kernel" or is_semivalue or kind in ("grad_dot", "grad_cos", "tracin_we"):
         return None
     if config.normalize is True:
         raise MethodError(

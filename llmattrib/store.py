@@ -15,9 +15,8 @@ Nothing is compressed: zstd saves 8 % of a float16 sketch, or 15 % at 0.1 GB/s.
 
 Rows are added at the end alone (`extend`): full shards stay as they are, a last one that was not full is written again.
 
-Limits: random access reads an inner chunk (about 64 rows).
-Only the manifest and one listing of commits/ are read to open a store. This module alone imports zarr.
-Source: Zarr v3 core specification and its sharding_indexed and crc32c codecs.
+Limits: random access reads an inner chunk (about 64 rows). To open a store reads its manifest and one listing of
+commits/. This module alone imports zarr. Source: Zarr v3 core specification, sharding_indexed and crc32c codecs.
 """
 
 import dataclasses
@@ -78,8 +77,7 @@ class RowStore:
     """Features or representers on disk. Make one by `create` (to write) or `open` (to read)."""
 
     def __init__(self, path: str, manifest: Manifest, read_only: bool) -> None:
-        self.path, self.manifest = path, manifest
-        self._read_only = read_only
+        self.path, self.manifest, self._read_only = path, manifest, read_only
         self._committed: set[int] = set()
         self._group = open_group(path, "r" if read_only else "r+")
         self._rows, self._columns = self._array("rows"), self._array("columns")
@@ -87,11 +85,11 @@ class RowStore:
 
     @classmethod
     def create(cls, path: str, manifest: Manifest) -> "RowStore":
-        """Make the store, or resume the one that is there; by one process, before others open it.
+        """Make the store, or resume the one that is there (its `info` is kept); by one process, before others open it.
 
         Args:
             path: local path or fsspec URL.
-            manifest: what the store is to hold. When resuming, the stored `info` is kept.
+            manifest: what the store is to hold.
 
         Raises:
             FingerprintMismatchError: a store with other settings is there; names the differing keys.
@@ -241,8 +239,8 @@ class RowStore:
                 path cannot be written.
             DiskSpaceError: the disk is full; nothing is committed.
         """
-        start, stop = self.shard_range(shard)
         self._check_writable(shard)
+        start, stop = self.shard_range(shard)
         self.manifest.check_rows(self.path, start, stop, rows, scalars)
         stored, scale = quantize(rows, self.manifest.dtype)
         columns = np.stack([scale, *(scalars[name] for name in self.manifest.columns)], axis=1).astype("<f4")
@@ -321,25 +319,28 @@ class RowStore:
                 yield start, block
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> Float[np.ndarray, " m"]:
-        """Return a scalar column, or `scale`, of rows [start, stop), by default of all.
+        """Return one of `columns`."""
+        return self.columns((name,), start, stop)[:, 0]
+
+    def columns(self, names: Sequence[str], start: int = 0, stop: int | None = None) -> Float[np.ndarray, "m k"]:
+        """Return scalar columns, of which `scale` is one, of rows [start, stop), by default of all.
 
         Raises:
             StoreError: there is no such column.
             CorruptShardError: a shard is not committed, is missing or fails its crc32c.
         """
-        names = (SCALE, *self.manifest.columns)
-        if name not in names:
-            raise StoreError(f"{self.path} has no column {name!r}", expected=f"one of {', '.join(names)}")
-        stop = self.manifest.num_rows if stop is None else stop
-        pieces = list(self._pieces(start, stop))
+        known = (SCALE, *self.manifest.columns)
+        if missing := sorted({*names} - {*known}):
+            raise StoreError(f"{self.path} has no column {missing[0]!r}", expected=f"one of {', '.join(known)}")
+        pieces = list(self._pieces(start, self.manifest.num_rows if stop is None else stop))
         try:  # all files at once; one by one only to find the bad one
             with storage.named_errors(self.path):
                 whole = np.asarray(self._columns[start:stop])
         except ValueError:
-            whole = np.full((1, len(names)), np.nan, np.float32)
+            whole = np.full((1, len(known)), np.nan, np.float32)
         if np.isnan(whole[:, 0]).any():
             whole = np.concatenate([self._decode(self._columns, *piece) for piece in pieces])
-        return whole[:, names.index(name)].copy()
+        return whole[:, [known.index(name) for name in names]]
 
     def write_vector(self, name: str, vector: Float[np.ndarray, "c p"]) -> None:
         """Write a float32 array that belongs to the whole store, in one file; a vector of that name is replaced.
@@ -377,10 +378,9 @@ class RowStore:
 
     def _records(self) -> dict[int, bytes]:
         self.refresh()
-        shards = sorted(self._committed)
-        names = [f"{shard:06d}.json" for shard in shards]
+        names = {shard: f"{shard:06d}.json" for shard in sorted(self._committed)}
         with storage.named_errors(self.path):
-            return dict(zip(shards, storage.read_folder(f"{self.path}/commits", names), strict=True))
+            return dict(zip(names, storage.read_folder(f"{self.path}/commits", [*names.values()]), strict=True))
 
     def digest(self) -> str:
         """Return a hash of the settings and of all committed data, from the commit records alone."""

@@ -1,6 +1,6 @@
 """Checks of a whole run: every byte of its stores, and that each was made from what is there now.
 
-    features, validation features, representers    every shard: crc32c, checksum, finite numbers; vectors; fingerprints
+    features, words, validation, representers      every shard: crc32c, checksum, finite numbers; vectors; fingerprints
     values/subsets.zarr, retraining/*.zarr         every shard of the tables
     curvature.safetensors                          the digest that the features carry
     examples.parquet, values/<method>.*            number of rows, fingerprints
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +45,8 @@ from llmattrib.table import TableStore
 from llmattrib.train import adapter_paths
 from llmattrib.values.stage import TABLE_METHODS
 from llmattrib.values.validation import features_fingerprint
+from llmattrib.words import CLUSTERS, has_words, word_settings_fingerprint
+from llmattrib.words import METHOD as WORDS
 
 Store = TypeVar("Store", RowStore, TableStore)
 VECTORS = ("mean", "total")
@@ -132,8 +134,13 @@ class _Checks:
         """Return what is locked in a run: the features, their parts, and of the others those that are there."""
         others = ("representers", "index", "values", "retraining")
         names = [name for name in others if any(map(storage.exists, map(self.layout.path, (name, f"{name}.lock"))))]
-        features = self.layout.features
-        return [*map(self.short, (features, *(part.place(features) for part in parts(features)))), *names]
+        built = [self.layout.features, *([self.layout.words] if self.has_words() else [])]
+        held = [place for path in built for place in (path, *(part.place(path) for part in parts(path)))]
+        return [*map(self.short, held), *names]
+
+    def has_words(self) -> bool:
+        """Say whether the run has word gradients, or should."""
+        return has_words(self.config) or storage.exists(self.layout.words)
 
     def run(self) -> Iterator[Finding]:
         """All checks; temporary files are those of a live writer while there is one."""
@@ -168,13 +175,15 @@ class _Checks:
         is_sound = not found
         yield from found
         if features is not None:
-            yield from self.settings(features)
+            yield from self.settings(features, settings_fingerprint(self.config))
             yield from self.adapters()
             yield from self.curvature(features)
             yield from self.examples(features)
             yield from self.validation(features, is_sound)
         digest = features.digest() if features is not None and is_sound else None
-        yield from self.representers(digest)
+        words: list[str] = []
+        yield from self.words(words)
+        yield from self.representers(digest, words[0] if words else None)
         yield from self.values(digest)
         yield from self.sub_models()
         if not has_writer:
@@ -227,10 +236,26 @@ class _Checks:
             removable = () if what == UNCOMMITTED else (record,)
             yield Finding(place, _without_place(what, store.path), rerun, (first, last), (start, stop), removable)
 
-    def settings(self, features: RowStore) -> Iterator[Finding]:
-        """The config against the settings the features were made with."""
-        stored = {key: features.manifest.fingerprint.get(key) for key in settings_fingerprint(self.config)}
-        keys = differing(stored, json.loads(json.dumps(settings_fingerprint(self.config))))
+    def words(self, digest: list[str]) -> Iterator[Finding]:
+        """The word gradients; the digest of sound ones is put into `digest`."""
+        if not self.has_words():
+            return
+        build, found = self.command("build"), list[Finding]()
+        store = self.open(self.layout.words, RowStore.open, build, found)
+        if store is not None:
+            problems = store.verify()
+            if self.config.words.synonym_cosine and CLUSTERS not in storage.list_names(f"{store.path}/vectors"):
+                problems.insert(0, Problem(-1, f"vector {CLUSTERS!r} is missing"))
+            found += self.problems(store, problems, build)
+            if not found:
+                digest.append(store.digest())
+            found += self.settings(store, word_settings_fingerprint(self.config))
+        yield from found
+
+    def settings(self, features: RowStore, wanted: Mapping[str, Any]) -> Iterator[Finding]:
+        """The config against the settings that features were made with."""
+        stored = {key: features.manifest.fingerprint.get(key) for key in wanted}
+        keys = differing(stored, json.loads(json.dumps(wanted)))
         if keys:
             rows = "; ".join(f"{key}: stored {old!r}, now {new!r}" for key, (old, new) in keys.items())
             again = f"restore these settings, or: rm -r {shlex.quote(features.path)} && {self.command('build')}"
@@ -285,8 +310,8 @@ class _Checks:
         else:
             yield from self.problems(store, store.verify(), rerun)
 
-    def representers(self, features: str | None) -> Iterator[Finding]:
-        """All representers and indices; without the digest of sound features, chains are not compared."""
+    def representers(self, features: str | None, words: str | None) -> Iterator[Finding]:
+        """All representers and indices; without the digest of sound features, or words, chains are not compared."""
         stores: dict[str, RowStore | None] = {}
         outdated = set()
         for name in storage.list_names(self.layout.path("representers")):
@@ -295,8 +320,9 @@ class _Checks:
                 continue
             store = self.open(path, RowStore.open, self.command("reduce"), found)
             if store is not None:
-                rerun = self.of_method("reduce", store.manifest.info["method"])
-                if features is not None and store.manifest.fingerprint["features"] != features:
+                method = store.manifest.info["method"]
+                rerun, source = self.of_method("reduce", method), words if method == WORDS else features
+                if source is not None and store.manifest.fingerprint["features"] != source:
                     found.append(Finding(self.short(path), OUTDATED, rerun, removable=(path,)))
                     outdated.add(name.removesuffix(".zarr"))
                 else:

@@ -55,10 +55,11 @@ def expected(config, folder, num_rows=AFTER):
     storage.remove(whole.layout.features)
     grow(config, num_rows)
     with pytest.MonkeyPatch.context() as patch:
-        from llmattrib import build
         from llmattrib.features.sketch import SketchPlan
+        from llmattrib.products import LoraProduct
 
-        patch.setattr(build, "_plan", lambda *_: SketchPlan.from_json(dict(info["sketch_plan"])))
+        plan = SketchPlan.from_json(dict(info["sketch_plan"]))
+        patch.setattr(LoraProduct, "plan", lambda product, _: product.__dict__.update(_plan=plan, _curvature=None))
         build_features(whole)
     RowStore.open(whole.layout.features, read_only=False).update_info({"sketch_rows": info["sketch_rows"]})
     return contents(whole.layout.features)

@@ -41,6 +41,7 @@ from llmattrib.query import answered_slots, current_representers, in_slots
 from llmattrib.reader import FeatureReader, choose_ridge
 from llmattrib.rng import stream
 from llmattrib.sections import Method
+from llmattrib.words import METHOD as WORDS
 
 NEIGHBORS, FOLDS = 10, 10
 
@@ -155,6 +156,9 @@ def self_scores(scores: RunScores, method: Method) -> Float[np.ndarray, " n"]:
     Raises:
         StoreNotFoundError, IncompleteStoreError, StaleIndexError: representers are missing or outdated.
     """
+    if method == WORDS:
+        blocks = scores.run.source(method).blocks()
+        return np.concatenate([np.square(rows.astype(np.float64)).sum(axis=(1, 2)) for _, rows in blocks])
     features = scores.features
     store = current_representers(scores.config, method, features)
     slots = answered_slots(features.column("label").astype(np.int64), FeatureReader(features).output)

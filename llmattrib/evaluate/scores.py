@@ -37,17 +37,20 @@ from llmattrib.scorers.gradient import unit_rows
 from llmattrib.sections import Method
 from llmattrib.store import RowStore
 from llmattrib.values.validation import Validation, load_validation
+from llmattrib.words import METHOD as WORDS
 
 Baseline = Literal["random", "size", "loss", "tfidf", "bm25", "embedding"]
 BASELINES: tuple[Baseline, ...] = ("random", "size", "loss", "tfidf", "bm25", "embedding")
 
 
 def method_scores(run: Run, method: Method, validation: Validation) -> Float[np.ndarray, "q n"]:
-    """Return the inner products of the representers of a method with the validation features.
+    """Return the inner products of the representers of a method with the validation features; exact for `tracin_we`.
 
     Raises:
         StoreNotFoundError, IncompleteStoreError, StaleIndexError: representers are missing, unfinished or outdated.
     """
+    if method == WORDS:
+        return run.word_values(validation_examples(run))
     return scores_of_representers(run.config, method, validation)
 
 

@@ -27,6 +27,7 @@ from llmattrib.progress import Progress, silent
 from llmattrib.reduce import reduce_run
 from llmattrib.rng import stream
 from llmattrib.store import RowStore
+from llmattrib.words import METHOD as WORDS
 
 FEWEST = 8
 
@@ -40,7 +41,9 @@ def sub_store(features: RowStore, rows: Int[np.ndarray, " m"], run_dir: str, con
         run_dir: where the other run is to be.
         config: of the run.
     """
-    other = config.model_copy(update={"run_dir": run_dir})
+    methods = tuple(method for method in config.reduce.methods if method != WORDS)  # which has no features here
+    reduce = config.reduce.model_copy(update={"methods": methods})
+    other = config.model_copy(update={"run_dir": run_dir, "reduce": reduce})
     whole = features.manifest
     fingerprint = {**whole.fingerprint, "rows": rows.tolist()}
     store = RowStore.create(other.layout.features, replace(whole, num_rows=len(rows), fingerprint=fingerprint))
@@ -93,9 +96,11 @@ def signs_of_run(scores: RunScores, progress: Progress = silent) -> Record:
         rows = np.sort(draws.permutation(num_examples)[: num_examples // 2])
         with tempfile.TemporaryDirectory(prefix="llmattrib-") as folder:
             half = sub_store(scores.features, rows, folder, config)
-            reduce_run(half)
+            if half.reduce.methods:
+                reduce_run(half)
             for method, array in whole.items():
-                again = scores_of_representers(half, method, scores.validation)
+                is_own = method not in half.reduce.methods
+                again = array[:, rows] if is_own else scores_of_representers(half, method, scores.validation)
                 found[method].append(agreement(array[:, rows], again))
         chance = scores.of("random")[:, rows]
         found["random"].append(agreement(chance, draws.standard_normal(chance.shape)))

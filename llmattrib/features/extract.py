@@ -51,6 +51,17 @@ class FeatureBatch:
         return [int(row) for row in np.flatnonzero(~finite)]
 
 
+@contextmanager
+def standing_at(loaded: LoadedModel, adapter: str | None) -> Iterator[None]:
+    """Be at a linearisation point: the base model (None), or an adapter."""
+    if adapter is None:
+        with loaded.base_only():
+            yield
+    else:
+        loaded.use(adapter)
+        yield
+
+
 _OutputConsumer = Callable[[int, int, Float[Tensor, "b size"]], None]
 """Takes an output number, a block number and the gradients of that output with respect to that block."""
 _OutputPairs = Callable[[int, int, Float[Tensor, "b t m"], Float[Tensor, "b t k"]], None]
@@ -215,7 +226,7 @@ class Extractor:
         def route(block: int, left: Tensor, right: Tensor) -> None:
             see(output, block, left, right)
 
-        with self._at(point), capture_pairs(point.taps, route), torch.enable_grad():
+        with standing_at(self.loaded, point.adapter), capture_pairs(point.taps, route), torch.enable_grad():
             for output in range(last + 1):  # `route` reads it
                 if output == 0 or sharding:  # partitioned weights serve one backward of a forward
                     logits, example, target = completion_logits(self.loaded.model, batch)
@@ -226,15 +237,6 @@ class Extractor:
                 if sharding:
                     sharding.release()
         return OutputValues(values.outputs.detach(), values.loss, values.log_odds)
-
-    @contextmanager
-    def _at(self, point: _Point) -> Iterator[None]:
-        if point.adapter is None:
-            with self.loaded.base_only():
-                yield
-        else:
-            self.loaded.use(point.adapter)
-            yield
 
     def _add_block(self, name: str, role: str, rows: int, columns: int) -> int:
         self.blocks += (Block(name, role, rows * columns),)

@@ -42,6 +42,7 @@ from llmattrib.values.game import UtilityName, ValidationGame
 from llmattrib.values.result import DataValue, ValuesResult, read_values, write_values
 from llmattrib.values.samples import KeptMoments
 from llmattrib.values.validation import Validation, load_validation
+from llmattrib.words import METHOD as WORDS
 
 TABLE_METHODS = ("one_sample", "msr_banzhaf", "ame_lasso")
 _OPTIONS = {
@@ -78,6 +79,12 @@ def compute_values(config: RunConfig, progress: Progress = silent) -> ValuesResu
     started = time.perf_counter()
     if config.values.game == "retraining":
         return replace(_of_sub_models(config), seconds=time.perf_counter() - started)
+    if config.values.method == WORDS:
+        raise MethodError(
+            f"{WORDS} values are of a prompt's words, and values.method={WORDS} asks for one number of a whole set",
+            expected="a method of features, or one that samples",
+            fix=f"ask prompt by prompt, `llmattrib query --method {WORDS}`, or set values.method=grad_dot",
+        )
     utility = resolve_utility(config)
     run = Run(config)
     reader = FeatureReader(RowStore.open(config.layout.features))
