@@ -2,9 +2,10 @@
 
 import json
 
-from benchmarks import evaluation, kernel_accuracy, kernel_game, label_words, lds, poison, reduce, scaling
+from benchmarks import evaluation, kernel_accuracy, kernel_game, label_words, lds, poison, reduce, scaling, tracin_we
 from benchmarks.demo import BEGIN, END, README, RESULT, pool, table
 from benchmarks.truth.margins import load as margins_of
+from llmattrib.games.subset_table import BANZHAF, SubsetRows
 
 
 def test_the_readme_table_is_rendered_from_the_result() -> None:
@@ -43,6 +44,21 @@ def test_the_tables_of_choosing_are_rendered_from_the_results() -> None:
         text = benchmark.PAGE.read_text(encoding="utf-8")
         found = text.partition(benchmark.BEGIN)[2].partition(benchmark.END)[0]
         assert found == benchmark.table(json.loads(benchmark.RESULT.read_text()))
+
+
+def test_the_tables_of_tracin_we_are_rendered_from_the_result() -> None:
+    text = tracin_we.PAGE.read_text(encoding="utf-8")
+    found = text.partition(tracin_we.BEGIN)[2].partition(tracin_we.END)[0]
+    assert found == tracin_we.table(json.loads(tracin_we.RESULT.read_text()))
+
+
+def test_slopes_are_those_of_a_world_of_known_effects() -> None:
+    effects, draws = np.zeros((2, 30)), np.random.default_rng(0)
+    effects[0, :4], effects[1, 5:9] = 2.0, -1.0
+    members = draws.random((200, 30)) < 0.5
+    rows = SubsetRows(BANZHAF, 0, members, np.full(200, 0.5), np.arange(200), members @ effects.T)
+    np.testing.assert_allclose(tracin_we.slopes(effects, rows, 4)[0], -8.0, atol=1e-9)
+    np.testing.assert_allclose(tracin_we.slopes(-effects, rows, 4)[1], 4.0, atol=1e-9)
 
 
 def test_the_truth_is_what_the_scores_were_measured_on() -> None:

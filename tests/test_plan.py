@@ -30,7 +30,7 @@ from llmattrib.plan.run import HEAP_FACTOR, PEAK_FLOPS, plan_run
 from llmattrib.plan.shape import BatchShape, batch_peak, empty_model
 from llmattrib.reduce import reduce_run
 from llmattrib.rng import stream
-from llmattrib.sections import FeaturesConfig
+from llmattrib.sections import FeaturesConfig, WordsConfig
 from llmattrib.store import RowStore
 from tests.tiny import FAMILIES, tiny_adapter_dir, tiny_run
 
@@ -57,6 +57,15 @@ def test_parameters_of_the_worked_examples_are_those_published() -> None:
     assert (nodes.num_gpus, nodes.tokens.num_examples) == (32, 10**6)
     tiny = plan_run(load_config(ROOT / "configs/tiny_cpu.yaml"))
     assert tiny.shape.num_parameters == 134_515_008
+
+
+def test_word_gradients_are_noted(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, reduce={"methods": ["grad_dot", "tracin_we"]})
+    (note,) = plan_run(config).notes[-1:]
+    assert note.startswith("the word gradients of tracin_we are not counted: ")
+    assert note.endswith(" and 1,280 bytes an example")
+    every = config.model_copy(update={"words": WordsConfig(top_positions=None, dtype="float32")})
+    assert plan_run(every).notes[-1].endswith("and 256 bytes a word of an example")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

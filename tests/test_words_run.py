@@ -26,7 +26,9 @@ from llmattrib.config import RunConfig
 from llmattrib.data import Example, load_examples, user_message
 from llmattrib.encoding import encode_all
 from llmattrib.errors import ConfigError, FingerprintMismatchError, MethodError, StaleIndexError, StoreNotFoundError
-from llmattrib.evaluate.scores import method_scores
+from llmattrib.evaluate.mislabel import self_scores
+from llmattrib.evaluate.scores import RunScores, method_scores
+from llmattrib.evaluate.signs import signs_of_run
 from llmattrib.hits import Explanation
 from llmattrib.index import build_index
 from llmattrib.lock import Part
@@ -253,6 +255,18 @@ def test_scores_of_a_validation_set_are_exact(finished: RunConfig, tmp_path: Pat
         hits = run.query(asked["prompt"], asked["completion"], method="tracin_we", top=10)
         for hit in (*hits.helpful, *hits.harmful):
             assert scores[row, hit.row] == pytest.approx(hit.value, rel=1e-3, abs=1e-4 * np.abs(scores).max())
+
+
+def test_evaluations_know_that_words_are_a_store_of_their_own(finished: RunConfig, tmp_path: Path) -> None:
+    place = tiny_jsonl(tmp_path, 3, name="asked.jsonl")
+    scores = RunScores(changed(finished, values={"data": place}, evaluate={"sign_resamples": 2}))
+    example = scores.examples[4]
+    hits = scores.run.query(example.prompt_text, example.completion, method="tracin_we", top=10)
+    (own,) = [hit.value for hit in (*hits.helpful, *hits.harmful) if hit.row == 4]
+    assert self_scores(scores, "tracin_we")[4] == pytest.approx(own, rel=1e-4)
+    rows = {row["method"]: row for row in signs_of_run(scores).rows}
+    assert rows["tracin_we"]["agreement"] == 1.0
+    assert {"grad_dot", "tracin_we"} <= set(rows)
 
 
 def test_several_adapters_and_methods_side_by_side(tmp_path: Path) -> None:

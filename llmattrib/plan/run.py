@@ -20,6 +20,7 @@ from llmattrib.plan.cost import Tokens
 from llmattrib.plan.shape import BatchShape, EmptyModel, ModelShape, batch_peak, empty_model
 from llmattrib.train import adapter_paths
 from llmattrib.weights import load_tokenizer_alone
+from llmattrib.words import METHOD as WORDS
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "CPU": 16 * 3e9 * 32}
 SCALES = (10**6, 10**8, 10**9)
@@ -193,6 +194,14 @@ def _note(config: RunConfig, shape: ModelShape, notes: list[str]) -> None:
     uncounted = shape.num_parameters - shape.linear_parameters - shape.head_parameters - embedding
     if uncounted > 0.1 * shape.num_parameters:
         notes.append(f"{uncounted:,} parameters are in no linear layer: their FLOPs are not counted")
+    if WORDS in config.reduce.methods:
+        top = config.words.top_positions
+        points = len(config.model.adapters) if config.features.linearisation == "trained" else 1
+        each = (top or 1) * max(points, 1) * shape.hidden_size * (4 if config.words.dtype == "float32" else 2)
+        notes.append(
+            f"the word gradients of {WORDS} are not counted: a forward and a backward pass more, and {each:,} bytes "
+            + ("a word of an example" if top is None else "an example")
+        )
 
 
 def _encoded(config: RunConfig, shape: ModelShape) -> list[Encoded] | None:
