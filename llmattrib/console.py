@@ -220,10 +220,10 @@ def _print_explained(console: Console, hit: Hit, explanation: Explanation | None
     assert explanation is not None
     console.print(Text.assemble(f"{hit.rank:>2}  ", (f"{hit.value:+.3g}", style), f"  {printable(hit.id)}"))
     largest = max((abs(value) for _, value in explanation.words), default=0.0)
-    (text, value), *rest = explanation.completion or (("", 0.0),)
+    (answer, worth), *rest = explanation.completion or (("", 0.0),)
     pieces = [
         Text.assemble(*((printable(text), word_style(value, largest)) for text, value in part))
-        for part in (explanation.prompt, ((text.lstrip(), value), *rest))
+        for part in (explanation.prompt, ((answer.lstrip(), worth), *rest))
     ]
     text = Text.assemble(pieces[0], (" → ", "dim"), pieces[1])
     console.print(Padding(text, (0, 0, 0, 4)))
