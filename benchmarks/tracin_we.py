@@ -12,7 +12,7 @@ method that is right lowers the log-odds of the query's answer by removing helpf
 removing harmful ones (Del-). Queries are the first of each task. Sub-models are kept in runs/tracin_we/<task>.json as
 they are made, so a run that was stopped goes on; what is not there for all queries is not shown.
 
-Beside `tracin_we`, as it is by default and with all positions or template tokens kept, stand Grad-Dot over all LoRA
+Beside `tracin_we`, as it is by default and with all positions kept, stand Grad-Dot over all LoRA
 layers and over the last layer alone (TracIn-Last), all at initialisation with exact values; and random examples. Tasks
 are the two of benchmarks/truth/ on the 1M-parameter Llama. Writes benchmarks/results/tracin_we.json and
 docs/tracin_we.md.
@@ -50,7 +50,6 @@ METHODS = ("tracin_we", "grad_dot", "grad_dot, last layer")
 VARIANTS: dict[str, dict[str, Any]] = {
     "tracin_we": {},
     "tracin_we, all positions": {"top_positions": None},
-    "tracin_we, raw tokens": {"exclude": "none"},
 }
 COUNTED = (5, 10, 20)
 REMOVED = (10, 20)

@@ -219,7 +219,7 @@ class WordProduct(Product):
         check_output(self.config)
         if is_cut and self.config.words.synonym_cosine is not None:
             raise MethodError(
-                "words.synonym_cosine needs the whole embedding matrix, and processes that share the weights have a part each",
+                "words.synonym_cosine needs the whole embedding matrix, which no process has that shares the weights",
                 expected="processes that have the whole model each, or words.synonym_cosine=null",
                 fix="build with launch/multi_gpu.yaml, or set words.synonym_cosine=null",
             )

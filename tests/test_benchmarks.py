@@ -46,6 +46,12 @@ def test_the_tables_of_choosing_are_rendered_from_the_results() -> None:
         assert found == benchmark.table(json.loads(benchmark.RESULT.read_text()))
 
 
+def test_the_tables_of_tracin_we_are_rendered_from_the_result() -> None:
+    text = tracin_we.PAGE.read_text(encoding="utf-8")
+    found = text.partition(tracin_we.BEGIN)[2].partition(tracin_we.END)[0]
+    assert found == tracin_we.table(json.loads(tracin_we.RESULT.read_text()))
+
+
 def test_slopes_are_those_of_a_world_of_known_effects() -> None:
     effects, draws = np.zeros((2, 30)), np.random.default_rng(0)
     effects[0, :4], effects[1, 5:9] = 2.0, -1.0
