@@ -2,6 +2,8 @@
 
 import json
 
+import numpy as np
+
 from benchmarks import evaluation, kernel_accuracy, kernel_game, label_words, lds, poison, reduce, scaling, tracin_we
 from benchmarks.demo import BEGIN, END, README, RESULT, pool, table
 from benchmarks.truth.margins import load as margins_of
