@@ -47,7 +47,7 @@ METHOD_NOTES: dict[str, tuple[str, str, str, str]] = {
     ),
     "spectral(T,rate)": (
         "influence of T steps of gradient descent, rate at most 1",
-        "all features",
+        "all features, log-odds",
         "n p^2",
         "nobody knows T: it decides between grad_dot and influence",
     ),

@@ -111,6 +111,32 @@ def signs(
     _measure("signs", config, overrides, as_json, quiet, debug)
 
 
+@app.command()
+def gold(
+    config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
+) -> None:
+    """Cosine with further training of the final model, with and without examples: trains it. Resumes."""
+    from llmattrib import console
+
+    with console.reporting(debug):
+        from llmattrib.config import load_config
+        from llmattrib.distributed import ranks
+        from llmattrib.evaluate.gold import gold_of_run
+        from llmattrib.evaluate.scores import RunScores
+        from llmattrib.further_training import train_further
+
+        loaded, team = load_config(config, overrides or ()), ranks()
+        show = team.is_main and not quiet
+        with redirect_stdout(sys.stderr), console.bars(show=show) as bars:
+            scores = RunScores(loaded, bars("validation features"))
+            team.on_main(lambda: len(scores.table()))  # before the long part, so that what is missing is missed now
+            train_further(loaded, team, bars("evaluate gold, trainings"))
+            if not team.is_main:
+                return
+            record = gold_of_run(scores)
+        console.print_evaluation(record.rows, () if quiet else record.notes, as_json=as_json)
+
+
 @app.command("all")
 def every(
     config: Config,

@@ -25,6 +25,7 @@ from llmattrib.sections import (
     DataConfig,
     EvaluateConfig,
     FeaturesConfig,
+    GoldConfig,
     IndexConfig,
     ModelConfig,
     Place,
@@ -57,6 +58,7 @@ class RunConfig(Section):
     values: ValuesConfig = ValuesConfig()
     retraining: RetrainingConfig = RetrainingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    gold: GoldConfig = GoldConfig()
     plan: PlanConfig = PlanConfig()
     slurm: SlurmConfig = SlurmConfig()
 

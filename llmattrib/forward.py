@@ -10,7 +10,7 @@ import inspect
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from llmattrib.encoding import Batch
@@ -28,7 +28,7 @@ def loss_scale(loaded: LoadedModel) -> float:
     return FLOAT16_LOSS_SCALE if loaded.fingerprint["dtype"] == "float16" else 1.0
 
 
-def position_logits(model: nn.Module, batch: Batch, positions: Bool[Tensor, "b t"]) -> Float32[Tensor, "m v"]:
+def position_logits(model: nn.Module, batch: Batch, positions: Bool[Tensor, "b t"]) -> Float[Tensor, "m v"]:
     """Run the model and return its next-token logits at some positions.
 
     Args:
@@ -38,27 +38,26 @@ def position_logits(model: nn.Module, batch: Batch, positions: Bool[Tensor, "b t
         positions: the m positions wanted, true where wanted.
 
     Returns:
-        Float32 logits, in row-major order of `positions`, attached to the graph.
+        Logits, float32 (float64 of a model in float64), in row-major order of `positions`, attached to the graph.
     """
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     if batch.side == "left" and "position_ids" in _forward_parameters(model):
         inputs["position_ids"] = batch.position_ids
     head = _selectable_head(model)
     if head is None:
-        logits: Tensor = model(**inputs).logits[positions]
-        return logits.float()
+        return _wide(model(**inputs).logits[positions])
     handle = head.register_forward_pre_hook(lambda _, args: (args[0][positions].unsqueeze(0), *args[1:]))
     try:
         logits = model(**inputs).logits
     finally:
         handle.remove()
     assert logits.shape[:2] == (1, int(positions.sum())), f"the output layer gave {tuple(logits.shape)}"
-    return logits[0].float()
+    return _wide(logits[0])
 
 
 def completion_logits(
     model: nn.Module, batch: Batch
-) -> tuple[Float32[Tensor, "m v"], Int64[Tensor, " m"], Int64[Tensor, " m"]]:
+) -> tuple[Float[Tensor, "m v"], Int64[Tensor, " m"], Int64[Tensor, " m"]]:
     """Run the model and return the logits that predict completion tokens.
 
     Args:
@@ -66,7 +65,7 @@ def completion_logits(
         batch: padded examples on the model's device.
 
     Returns:
-        For the m completion tokens of the batch, example by example in order: float32 logits attached to the graph;
+        For the m completion tokens of the batch, example by example in order: logits as of `position_logits`;
         the example's row in the batch; the token to predict.
     """
     predicted = batch.completion_mask.clone()
@@ -74,6 +73,10 @@ def completion_logits(
     positions = torch.zeros_like(predicted)
     positions[:, :-1] = predicted[:, 1:]
     return position_logits(model, batch, positions), predicted.nonzero()[:, 0], batch.input_ids[predicted]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _forward_parameters(model: nn.Module) -> frozenset[str]:

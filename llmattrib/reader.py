@@ -93,6 +93,24 @@ class FeatureReader:
             self._features[key] = FeatureRows(mine, n, p, total=self.ranks.total, everything=everything)
         return self._features[key]
 
+    def curved(self, settings: Settings) -> FeatureRows:
+        """Return the rows scaled so that their Gram is n times the Gauss-Newton curvature of the mean loss.
+
+        By sqrt(p (1 - p)) for gradients of a log-odds, by sqrt(p / (1 - p)) for those of a loss; `pntk`, which knows no
+        answer, is left as it is. Exact with two label words; of more, and of completions of several tokens, it is the
+        curvature in the one direction of the answer.
+        """
+        n, p = self.manifest.num_rows, self.manifest.dim
+        odds = np.exp(self.log_odds)
+        weights = {"pntk": np.ones(n), "loss": odds}.get(self.output, odds / (1 + odds) ** 2)
+
+        def blocks(shards: Sequence[int]) -> Iterator[tuple[int, Float[np.ndarray, "m p"]]]:
+            for start, rows in self.blocks(settings, shards):
+                yield start, rows[:, 0] * np.sqrt(weights[start : start + len(rows), None])
+
+        mine, everything = partial(blocks, self.shards), partial(blocks, range(self.store.num_shards))
+        return FeatureRows(mine, n, p, total=self.ranks.total, everything=everything)
+
     def column_blocks(self) -> list[ColumnBlock]:
         """Return which columns are of which block of parameters; one block where a dense sketch mixes them all."""
         plan = self.manifest.info["sketch_plan"]

@@ -241,7 +241,8 @@ def _stream(job: _Job, reader: FeatureReader, started: float, progress: Progress
         members = reader.members()
         widths = tuple(sum(block.width for block in blocks) for blocks in members)
         scorer = Members(tuple(_scorer(settings, ridge, reader, blocks) for blocks in members), widths)
-    state = scorer.init(reader.features(settings))
+    is_spectral = MethodName.parse(settings.method).kind == "spectral"
+    state = scorer.init(reader.curved(settings) if is_spectral else reader.features(settings))
     for own in state if isinstance(scorer, Members) else [state]:
         if isinstance(own, LissaState) and own.residual > TOLERANCE:
             notes.append(f"LiSSA stops after {own.iterations} iterations with residuals of up to {own.residual:.2g}")
@@ -260,7 +261,7 @@ def _scorer(
     if name.kind == "grad_cos":
         return GradCos()
     if name.kind == "spectral":
-        return Spectral(int(name.arguments[0]), name.arguments[1])
+        return Spectral(int(name.arguments[0]), name.arguments[1], weighted=reader.output in ("log_odds", "margin"))
     assert ridge is not None
     if name.kind == "influence":
         return Influence(ridge)

@@ -2,16 +2,12 @@
 
     run_dir/retraining/seed<k>.zarr      a subset table for each training seed: masks, p, log-odds of every prompt
 
-All seeds train on the same subsets, drawn from streams of the run's seed, so the mean over seeds is the mean over
-tables. A table is filled shard by shard by any number of ranks; killed jobs go on, more subsets and more seeds are
-added at any time, and what is there is kept. AME, the linear datamodelling score and leave-one-out read the tables.
+AME, the linear datamodelling score and leave-one-out read the tables; how they are shared out, resumed and grown is in
+seed_tables.py.
 """
 
-import dataclasses
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +22,9 @@ from llmattrib.encoding import EncodedSet, encoded_fingerprint
 from llmattrib.errors import ConfigError
 from llmattrib.extraction import run_adapters
 from llmattrib.games.retraining import RetrainingGame, load_trainable
-from llmattrib.games.subset_table import DESIGNS, Design, SubsetRows, SubsetTable
-from llmattrib.lock import locked
+from llmattrib.games.subset_table import DESIGNS, Design, SubsetRows
 from llmattrib.progress import Progress, silent
+from llmattrib.seed_tables import Game, SeedTables, Worth
 from llmattrib.train import encode_without_weights, training_inputs
 from llmattrib.weights import file_digest
 
@@ -78,18 +74,16 @@ def retrain(config: RunConfig, ranks: Ranks | None = None, progress: Progress = 
     """
     started, settings = time.perf_counter(), config.retraining
     ranks = ranks or Ranks()
-    path = config.layout.path("retraining")
-    examples, queries, identity = ranks.together(lambda: game_inputs(config))
-    with locked(path) if ranks.is_main else nullcontext():
-        pending = ranks.on_main(lambda: _create(config, len(examples.encoded), len(queries.encoded), identity))
-        done = ranks.together(lambda: _fill(config, examples, queries, pending, ranks, progress)) if any(pending) else 0
+    tables, design = _tables(config), DESIGNS[settings.design]
+    game = ranks.together(lambda: _game(config))
+    done = tables.fill(design, settings.num_subsets, game, ranks, progress)
     return RetrainResult(
-        path=path,
+        path=tables.folder,
         design=settings.design,
-        num_subsets=_tables(config)[0].num_rows(DESIGNS[settings.design]),
+        num_subsets=tables.num_rows(design),
         num_seeds=settings.num_seeds,
-        num_queries=len(queries.encoded),
-        num_done=sum(ranks.gather(done)),
+        num_queries=game.num_utilities,
+        num_done=done,
         seconds=time.perf_counter() - started,
     )
 
@@ -109,19 +103,7 @@ def retrained_seeds(config: RunConfig, design: Design | None = None) -> tuple[Su
         MethodError: no subset of this design is trained.
         CorruptShardError: a shard fails its checksum.
     """
-    rows = [table.rows(design or DESIGNS[config.retraining.design]) for table in _tables(config)]
-    draws = sorted(set.intersection(*(set(part.draw.tolist()) for part in rows)))
-    places = [np.searchsorted(part.draw, draws) for part in rows]
-    utilities = np.array([part.utilities[place] for part, place in zip(rows, places, strict=True)])
-    first, place = rows[0], places[0]
-    mean = dataclasses.replace(
-        first,
-        members=first.members[place],
-        p=first.p[place],
-        draw=first.draw[place],
-        utilities=utilities.mean(axis=0),
-    )
-    return mean, utilities
+    return _tables(config).read(design or DESIGNS[config.retraining.design])
 
 
 def retrained_rows(config: RunConfig, design: Design | None = None) -> SubsetRows:
@@ -133,12 +115,9 @@ def retrained_rows(config: RunConfig, design: Design | None = None) -> SubsetRow
     return retrained_seeds(config, design)[0]
 
 
-def _path(config: RunConfig, seed: int) -> str:
-    return config.layout.path("retraining", f"seed{config.seed + seed}.zarr")
-
-
-def _tables(config: RunConfig) -> list[SubsetTable]:
-    return [SubsetTable.open(_path(config, seed), made_by=MADE_BY) for seed in range(config.retraining.num_seeds)]
+def _tables(config: RunConfig) -> SeedTables:
+    settings = config.retraining
+    return SeedTables(config.layout.path("retraining"), config.seed, settings.num_seeds, settings.shard_size, MADE_BY)
 
 
 def _adapter(config: RunConfig) -> str | None:
@@ -161,15 +140,22 @@ def game_inputs(config: RunConfig) -> tuple[EncodedSet, EncodedSet, dict[str, An
     Raises:
         ConfigError, DataError, ModelError: as `retrain`.
     """
+    return inputs_from(config, _adapter(config))
+
+
+def inputs_from(config: RunConfig, adapter: str | None) -> tuple[EncodedSet, EncodedSet, dict[str, Any]]:
+    """Return the same of training that begins with an adapter, or with fresh factors.
+
+    Raises:
+        ConfigError, DataError, ModelError: as `retrain`.
+    """
     examples, identity = training_inputs(config)
     queries = encode_without_weights(config, load_validation_examples(config.data, config.values))
-    adapter = _adapter(config)
-    identity = {key: value for key, value in identity.items() if key != "seed"}
     return (
         examples,
         queries,
         {
-            **identity,
+            **{key: value for key, value in identity.items() if key != "seed"},
             "queries": data_fingerprint(queries.examples),
             "query_tokens": encoded_fingerprint(queries.encoded),
             "start": "fresh" if adapter is None else file_digest(Path(adapter) / ADAPTER_WEIGHTS)[:32],
@@ -190,35 +176,10 @@ def load_game(config: RunConfig, examples: EncodedSet, queries: EncodedSet) -> R
     return RetrainingGame(config, tuning, examples.encoded, ids, queries.encoded, start)
 
 
-def _create(config: RunConfig, num_examples: int, num_queries: int, identity: dict[str, Any]) -> list[list[int]]:
-    """Make or extend the tables; return the shards to fill of each. First rank only."""
-    settings, pending = config.retraining, []
-    for seed in range(settings.num_seeds):
-        game = {**identity, "training_seed": config.seed + seed}
-        path = _path(config, seed)
-        table = SubsetTable.create(path, num_examples, num_queries, config.seed, game, settings.shard_size)
-        table.extend(DESIGNS[settings.design], settings.num_subsets)
-        pending.append(table.pending())
-    return pending
+def _game(config: RunConfig) -> Game:
+    examples, queries, identity = game_inputs(config)
 
+    def load() -> Worth:
+        return load_game(config, examples, queries).worth
 
-def _fill(
-    config: RunConfig,
-    examples: EncodedSet,
-    queries: EncodedSet,
-    pending: list[list[int]],
-    ranks: Ranks,
-    progress: Progress,
-) -> int:
-    """Train this rank's share; return the number of sub-models."""
-    game = load_game(config, examples, queries)
-    todo = ranks.share([(seed, shard) for seed, shards in enumerate(pending) for shard in shards])
-    tables = [SubsetTable.open(_path(config, seed), read_only=False) for seed in range(len(pending))]
-    size = config.retraining.shard_size
-    for done, (seed, shard) in enumerate(todo):
-
-        def report(part: int, _: int, before: int = size * done) -> None:
-            progress(before + part, size * len(todo))
-
-        tables[seed].fill_shard(shard, partial(game.worth, seed=config.seed + seed, progress=report))
-    return size * len(todo)
+    return Game(len(examples.encoded), len(queries.encoded), identity, load)

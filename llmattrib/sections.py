@@ -383,6 +383,34 @@ class EvaluateConfig(Section):
         return self
 
 
+class GoldConfig(Section):
+    """Further training of the final model, by which `llmattrib evaluate gold` judges methods.
+
+    After each number of `steps`, T, the prompts of `values.data` are asked. `sgd` has no momentum; `weight_decay` of it
+    is a ridge, which leaving out does not touch. A step takes `batch_size` examples, all of them when null, in an order
+    of the seeds `seed`, `seed` + 1, ...: `num_seeds` of them. `num_examples` are left out one after another, in random
+    order, all when null. `shard_size` of them are trained at once and saved together.
+    Differences lie near the floor of float32: `dtype` float64 widens the whole model where it fits.
+    """
+
+    steps: tuple[PositiveInt, ...] = (1, 4, 16, 64)
+    learning_rate: float = Field(0.01, gt=0)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    weight_decay: float = Field(0.0, ge=0)
+    batch_size: PositiveInt | None = 8
+    num_examples: PositiveInt | None = None
+    num_seeds: PositiveInt = 10
+    shard_size: PositiveInt = 8
+    dtype: Literal["float32", "float64"] = "float64"
+
+    @field_validator("steps")
+    @classmethod
+    def _steps_rise(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if not steps or list(steps) != sorted(set(steps)):
+            raise ValueError("steps are not rising numbers")
+        return steps
+
+
 class PlanConfig(Section):
     """What `llmattrib plan` assumes where it cannot look.
 

@@ -1,7 +1,7 @@
 """Checks of a whole run: every byte of its stores, and that each was made from what is there now.
 
     features, words, validation, representers      every shard: crc32c, checksum, finite numbers; vectors; fingerprints
-    values/subsets.zarr, retraining/*.zarr         every shard of the tables
+    values/subsets.zarr, {retraining,gold}/*.zarr  every shard of the tables
     curvature.safetensors                          the digest that the features carry
     examples.parquet, values/<method>.*            number of rows, fingerprints
     index/<method>.*                               checksums, and the vectors against the representers
@@ -132,7 +132,7 @@ class _Checks:
 
     def locks(self) -> list[str]:
         """Return what is locked in a run: the features, their parts, and of the others those that are there."""
-        others = ("representers", "index", "values", "retraining")
+        others = ("representers", "index", "values", "retraining", "gold")
         names = [name for name in others if any(map(storage.exists, map(self.layout.path, (name, f"{name}.lock"))))]
         built = [self.layout.features, *([self.layout.words] if self.has_words() else [])]
         held = [place for path in built for place in (path, *(part.place(path) for part in parts(path)))]
@@ -375,11 +375,12 @@ class _Checks:
             yield from self.values_of(name, features)
 
     def sub_models(self) -> Iterator[Finding]:
-        """The tables of sub-models: one for each training seed, and that of subsets chosen by evaluations."""
-        for name in self.names("retraining", (".zarr",)):
-            rerun = self.command("evaluate curves" if name == "chosen" else "retrain")
-            found = list[Finding]()
-            table = self.open(self.layout.path("retraining", f"{name}.zarr"), TableStore.open, rerun, found)
+        """The tables of sub-models: one for each training seed, that of subsets chosen by evaluations, and the gold."""
+        places = [(folder, name) for folder in ("retraining", "gold") for name in self.names(folder, (".zarr",))]
+        for folder, name in places:
+            stage = "evaluate gold" if folder == "gold" else "evaluate curves" if name == "chosen" else "retrain"
+            rerun, found = self.command(stage), list[Finding]()
+            table = self.open(self.layout.path(folder, f"{name}.zarr"), TableStore.open, rerun, found)
             yield from found
             if table is not None:
                 yield from self.problems(table, table.verify(), rerun)

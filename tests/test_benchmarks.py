@@ -4,7 +4,18 @@ import json
 
 import numpy as np
 
-from benchmarks import evaluation, kernel_accuracy, kernel_game, label_words, lds, poison, reduce, scaling, tracin_we
+from benchmarks import (
+    evaluation,
+    gold,
+    kernel_accuracy,
+    kernel_game,
+    label_words,
+    lds,
+    poison,
+    reduce,
+    scaling,
+    tracin_we,
+)
 from benchmarks.demo import BEGIN, END, README, RESULT, pool, table
 from benchmarks.truth.margins import load as margins_of
 from llmattrib.games.subset_table import BANZHAF, SubsetRows
@@ -69,6 +80,28 @@ def test_the_truth_is_what_the_scores_were_measured_on() -> None:
         assert (len(margins), len(rows.p), margins.shape[2]) == (found["seeds"], found["subsets"], found["queries"])
         assert (rows.utilities == margins.mean(axis=0)).all()
         assert found["methods"][lds.DEFAULT]["ci95"][0] > found["methods"]["bm25"]["ci95"][1]
+
+
+def test_the_tables_of_further_training_are_rendered_from_the_result() -> None:
+    text = gold.PAGE.read_text(encoding="utf-8")
+    found = text.partition(gold.BEGIN)[2].partition(gold.END)[0]
+    assert found == gold.table(json.loads(gold.RESULT.read_text()))
+
+
+def test_spectral_influence_is_nearest_to_further_training_at_every_number_of_steps() -> None:
+    sets = json.loads(gold.RESULT.read_text())["sets"]
+    assert set(sets) == set(gold.SETS)
+    for found in sets.values():
+        curves = {row["method"]: {} for row in found["rows"]}
+        for row in found["rows"]:
+            curves[row["method"]][row["steps"]] = row["cosine"]
+        others = set(curves) - {gold.SPECTRAL, gold.FISHER, gold.UNWEIGHTED, gold.ONE_SEED}
+        first, last = found["steps"][0], found["steps"][-1]
+        for steps in found["steps"]:
+            assert all(curves["spectral"][steps] >= curves[name][steps] - 2e-4 for name in others)
+        assert curves["grad_dot"][first] > 0.95
+        assert curves["grad_dot"][last] < curves["grad_dot"][first]
+        assert curves["influence"][first] < curves["grad_dot"][first]
 
 
 def test_recorded_figures_of_the_kernel_game_reach_what_is_promised() -> None:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import oracles
 import pytest
 from test_build import changed, contents
 from tiny import tiny_run
@@ -156,7 +157,7 @@ def test_members_are_scored_as_their_own_runs_and_averaged(made: RunConfig) -> N
         reduce_run(own)
         alone.append(own)
     for method in GRADIENT:
-        if method == "trak":  # its weights are of the mean log-odds: compared without
+        if method in ("trak", "spectral(20,0.5)"):  # their weights are of the mean log-odds: compared below
             continue
         expected = np.mean([scores(own, method) for own in alone], axis=0)
         np.testing.assert_allclose(scores(made, method), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
@@ -165,6 +166,15 @@ def test_members_are_scored_as_their_own_runs_and_averaged(made: RunConfig) -> N
     parts = [scores(own, "trak") / weight for own, weight in zip(alone, weights[:-1], strict=True)]
     np.testing.assert_allclose(
         scores(made, "trak"), np.mean(parts, axis=0) * weights[-1], rtol=1e-3, atol=1e-4 * np.abs(parts[0]).max()
+    )
+    root, parts = np.sqrt(weights[-1] * (1 - weights[-1]))[:, None], []
+    for own in alone:
+        rows = RowStore.open(own.layout.features).read(0, 9)[:, 0].astype(np.float64)
+        descended = oracles.descend(root * rows, 0.5 / np.sum((root * rows) ** 2), 20) / root
+        parts.append(rows[:4] @ (weights[-1][:, None] * descended).T)
+    expected = np.mean(parts, axis=0)
+    np.testing.assert_allclose(
+        scores(made, "spectral(20,0.5)"), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()
     )
 
 

@@ -28,13 +28,17 @@ from llmattrib.config import RunConfig
 from llmattrib.coordinates import transform
 from llmattrib.data import Example, load_validation_examples
 from llmattrib.encoding import Encoded, collate, length_batches
+from llmattrib.errors import MethodError
 from llmattrib.evaluate.retrieval import tfidf_scores
 from llmattrib.extraction import batch_memory, encode_examples
 from llmattrib.progress import Progress, silent
 from llmattrib.query import Run, answered_slots, current_representers, in_slots
+from llmattrib.reader import FeatureReader
 from llmattrib.rng import stream
 from llmattrib.scorers.gradient import unit_rows
-from llmattrib.sections import Method
+from llmattrib.scorers.spectral import Spectral, relative_rate
+from llmattrib.sections import Method, ReduceConfig
+from llmattrib.settings import resolve
 from llmattrib.store import RowStore
 from llmattrib.values.validation import Validation, load_validation
 from llmattrib.words import METHOD as WORDS
@@ -67,6 +71,44 @@ def scores_of_representers(config: RunConfig, method: Method, validation: Valida
     rows = transform(validation.phi, store.read_vector("mean"), bool(store.manifest.info["normalize"]))
     queries = in_slots(rows, slots).reshape(len(rows), -1).astype(np.float64)
     return np.concatenate([queries @ block.reshape(len(block), -1).T for _, block in store.blocks()], axis=1)
+
+
+def spectral_scores(
+    reader: FeatureReader, queries: Float[np.ndarray, "q p"], steps: Sequence[int], rate: float
+) -> tuple[float, dict[int, Float[np.ndarray, "q n"]]]:
+    """Return the T-step influence of gradient descent at an absolute rate, for several T, without storing it.
+
+    Args:
+        reader: of features of output loss, log_odds or margin.
+        queries: features of the prompts.
+        steps: each T.
+        rate: of a step on the mean loss.
+
+    Returns:
+        The rate of `spectral(T,rate)` that this is, and the scores of each T.
+
+    Raises:
+        MethodError: the features are of another output, or such steps diverge.
+    """
+    if reader.output not in ("loss", "log_odds", "margin"):
+        raise MethodError(
+            f"the features are of output {reader.output}, whose gradients are not those of a loss",
+            expected="features.output loss, log_odds or margin",
+            fix="build features of one of these to judge them by further training",
+        )
+    rows, dim = reader.manifest.num_rows, reader.manifest.dim
+    settings = resolve(ReduceConfig(), "spectral(1,1)", reader.output, False, rows, dim)
+    features = reader.curved(settings)
+    relative = relative_rate(features, rate)
+    found = {}
+    for num_steps in steps:
+        scorer = Spectral(num_steps, relative, weighted=reader.output != "loss")
+        state, parts = scorer.init(features), []
+        for start, block in reader.store.blocks():
+            log_odds = reader.store.column("log_odds", start, start + len(block))
+            parts.append(queries.astype(np.float64) @ scorer.compute(state, block[:, 0], log_odds).T)
+        found[num_steps] = np.concatenate(parts, axis=1)
+    return relative, found
 
 
 def baseline_scores(run: Run, baseline: Baseline) -> Float[np.ndarray, "q n"]:

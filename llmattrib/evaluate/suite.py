@@ -11,6 +11,7 @@ from functools import partial
 from llmattrib.config import RunConfig
 from llmattrib.errors import ConfigError, LlmattribError
 from llmattrib.evaluate.curves import curves_of_run
+from llmattrib.evaluate.gold import gold_of_run
 from llmattrib.evaluate.lds import lds_of_run
 from llmattrib.evaluate.leave_one_out import leave_one_out_of_run
 from llmattrib.evaluate.mislabel import mislabel_of_run
@@ -21,6 +22,7 @@ from llmattrib.evaluate.signs import signs_of_run
 from llmattrib.evaluate.sketch import sketch_fidelity
 from llmattrib.evaluate.tail_patch import tail_patch_of_run
 from llmattrib.extraction import run_adapters
+from llmattrib.further_training import gold_scores
 from llmattrib.games.subset_table import DESIGNS, LEAVE_OUT
 from llmattrib.progress import Progress, silent
 from llmattrib.retrain import retrained_rows
@@ -62,6 +64,15 @@ def _mislabeled(config: RunConfig) -> str:
     return "" if known else "neither evaluate.mislabeled nor evaluate.mislabeled_column is set"
 
 
+def _further_training(config: RunConfig) -> str:
+    """Say why there is no further training."""
+    try:
+        gold_scores(config)
+    except LlmattribError as error:
+        return f"no further training: {error.found}"
+    return ""
+
+
 def _adapter(config: RunConfig) -> str:
     count = len(run_adapters(config))
     return "" if count == 1 else f"the run has {count} adapters; one step is taken from one"
@@ -90,6 +101,11 @@ EVALUATIONS: dict[str, Evaluation] = {
         lambda scores, _: leave_one_out_of_run(scores),
         partial(_sub_models, design="leave_out"),
         "Do scores rank examples as training without each of them does?",
+    ),
+    "gold": Evaluation(
+        lambda scores, _: gold_of_run(scores),
+        _further_training,
+        "Do scores say what further training of the final model without each example does?",
     ),
     "curves": Evaluation(
         curves_of_run,

@@ -135,8 +135,11 @@ class SubsetRows:
 
     def first(self, num_rows: int) -> "SubsetRows":
         """Return the first rows."""
-        keep = slice(num_rows)
-        fields = {name: getattr(self, name)[keep] for name in ("members", "p", "draw", "utilities")}
+        return self.take(np.arange(min(num_rows, len(self.p))))
+
+    def take(self, rows: Int[np.ndarray, " k"]) -> "SubsetRows":
+        """Return some rows, by their places."""
+        fields = {name: getattr(self, name)[rows] for name in ("members", "p", "draw", "utilities")}
         return replace(self, **fields)
 
     def dummies(self, seed_name: str = "knockoff") -> Bool[np.ndarray, "m n"]:
