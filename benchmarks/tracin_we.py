@@ -10,7 +10,7 @@ are in a half and on its size, times -k. All prompts, no fine-tune of its own.
 `deletion`: the k examples are removed from the whole data and the model is fine-tuned again, with the same seed; a
 method that is right lowers the log-odds of the query's answer by removing helpful examples (Del+) and raises them by
 removing harmful ones (Del-). Queries are the first of each task. Sub-models are kept in runs/tracin_we/<task>.json as
-they are made, so a run that was stopped goes on; what is not there for all queries is not shown.
+they are made, so a run that was stopped goes on; shown are the queries that are complete.
 
 Beside `tracin_we`, as it is by default and with all positions kept, stand Grad-Dot over all LoRA
 layers and over the last layer alone (TracIn-Last), all at initialisation with exact values; and random examples. Tasks
@@ -167,19 +167,25 @@ def measure(task: str, sizes: tuple[int, ...]) -> None:
 
 
 def summary(kept: dict[str, list[float]], size: int) -> dict[str, Any] | None:
-    """Return mean changes of the log-odds and their standard errors over queries; None unless all are there."""
-    whole = np.array(kept.get("all", []))
-    num_queries, found = len(whole), {}
-    try:
-        random = np.array([np.array(kept[f"{size} random {draw}"]) - whole for draw in range(NUM_RANDOM)])
-        for method in METHODS:
-            for sign in "+-":
-                names = [f"{size} {method} {sign} of query {query}" for query in range(num_queries)]
-                change = np.array([kept[name][query] - whole[query] for query, name in enumerate(names)])
-                found[f"{method} {sign}"] = figures(change)
-    except KeyError:
+    """Return mean changes of the log-odds and their standard errors, over the first queries that are complete.
+
+    None while these are fewer than three, or random removals are missing.
+    """
+    whole, names = np.array(kept["all"]), [f"{method} {sign}" for method in METHODS for sign in "+-"]
+    num_queries = 0
+    while all(f"{size} {name} of query {num_queries}" in kept for name in names):
+        num_queries += 1
+    at_random = [kept.get(f"{size} random {draw}") for draw in range(NUM_RANDOM)]
+    if num_queries < 3 or None in at_random:
         return None
-    return {"methods": found, "random": figures(random.mean(axis=0)), "one_random_sd": round(float(random.std()), 4)}
+    queries = range(num_queries)
+    random = np.array(at_random) - whole
+    methods = {
+        name: figures(np.array([kept[f"{size} {name} of query {query}"][query] - whole[query] for query in queries]))
+        for name in names
+    }
+    spread = round(float(random.std()), 4)
+    return {"queries": num_queries, "methods": methods, "random": figures(random.mean(axis=0)), "one_random_sd": spread}
 
 
 def figures(change: np.ndarray) -> dict[str, float]:
@@ -195,7 +201,7 @@ def deletion(task: str) -> dict[str, Any] | None:
     kept = json.loads(path.read_text())
     curves = {str(size): summary(kept, size) for size in sorted({int(n.split()[0]) for n in kept if n != "all"})}
     curves = {size: found for size, found in curves.items() if found is not None}
-    return {"queries": len(kept["all"]), "num_random": NUM_RANDOM, "removed": curves} if curves else None
+    return {"num_random": NUM_RANDOM, "removed": curves} if curves else None
 
 
 def table(result: dict[str, Any]) -> str:
@@ -216,17 +222,18 @@ def table(result: dict[str, Any]) -> str:
         lines.append("")
     for task, found in result.get("deletion", {}).items():
         lines += [
-            f"**{task}**, fine-tuned again on all examples but k, {found['queries']} queries",
+            f"**{task}**, fine-tuned again on all examples but k",
             "",
-            "| k | method | Del+ (should be negative) | Del- (should be positive) |",
+            "| k, queries | method | Del+ (should be negative) | Del- (should be positive) |",
             "|---|---|---|---|",
         ]
         for size, curve in found["removed"].items():
             for method in METHODS:
                 cells = [cell_text(curve["methods"][f"{method} {sign}"]) for sign in "+-"]
-                lines.append(f"| {size} | {method} | " + " | ".join(cells) + " |")
+                lines.append(f"| {size}, {curve['queries']} | {method} | " + " | ".join(cells) + " |")
             noise = f"one removal moves one query by {curve['one_random_sd']:.2f} (standard deviation)"
-            lines.append(f"| {size} | random, {found['num_random']} times | {cell_text(curve['random'])} | {noise} |")
+            name = f"{size}, {NUM_QUERIES} | random {found['num_random']} times"
+            lines.append(f"| {name} | {cell_text(curve['random'])} | {noise} |")
         lines.append("")
     return "\n".join(lines)
 
