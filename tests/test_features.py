@@ -304,6 +304,6 @@ def test_non_finite_rows_are_named(tmp_path: Path) -> None:
 
 def test_a_layer_that_mixes_examples_is_an_error() -> None:
     layer = torch.nn.Linear(4, 3)
-    tap = Tap("experts.0", layer, torch.zeros(2, 4), None, 1.0, None, 0)
+    tap = Tap("experts.0", layer, torch.zeros(2, 4), 1.0, 0)
     with capture([tap], lambda block, gradient: None), pytest.raises(FeatureError, match=r"experts\.0 receives"):
         layer(torch.zeros(5, 4))

@@ -5,11 +5,12 @@ For a layer y = W x + s B A x with input x_t and output gradient d_t = df/dy_t (
     df/dB = s sum_t d_t (A x_t)^T        [d_out, r]
     df/dA = s sum_t (B^T d_t) x_t^T      [r, d_in]
 
-A forward hook keeps A x (and x where dA is wanted); a hook on the layer's output hands on the two sides of these outer
-products as soon as the backward reaches it (`capture_pairs`), or their sums, the gradients of every example
-(`capture`), so no more than one layer's gradients are alive. All
-parameters stay frozen: the outputs of the lowest layers become the leaves of the graph, so the backward stops there
-and forms no gradient of a base weight or an embedding.
+At B = 0 a forward hook keeps A x, and a hook on the layer's output hands on the two sides of these outer products as
+soon as the backward reaches it (`capture_pairs`), or their sums, the gradients of every example (`capture`), so no more
+than one layer's gradients are alive. Where the adapter takes part in the forward its own two linear layers are hooked
+instead: A x and s B^T d are there already, and nothing is multiplied twice. All parameters stay frozen: the outputs of
+the lowest layers become the leaves of the graph, so the backward stops there and forms no gradient of a base weight or
+an embedding.
 
 Knows nothing of what the gradients are for. Limit: a layer must see its input as [batch, tokens, d_in].
 """
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llmattrib.errors import FeatureError
 
@@ -33,29 +35,82 @@ PairConsumer = Callable[[int, Float[Tensor, "b t m"], Float[Tensor, "b t k"]], N
 
 @dataclass(frozen=True)
 class Tap:
-    """One LoRA layer to differentiate.
+    """One layer to differentiate with respect to B at B = 0, where df/dA vanishes; the forward knows no A.
 
     Attributes:
         name: the layer, for messages.
         module: the module whose input is x and whose output is y.
         a: [r, d_in] factor A.
-        b: [d_out, r] factor B, or None where B = 0 and df/dA vanishes.
         scaling: s.
-        block_a: number of the block of A, or None.
-        block_b: number of the block of B.
+        block: number of the block of B.
     """
 
     name: str
     module: nn.Module
     a: Float[Tensor, "r d_in"]
-    b: Float[Tensor, "d_out r"] | None
     scaling: float
-    block_a: int | None
+    block: int
+
+    def hooks(self, see: PairConsumer) -> list[RemovableHandle]:
+        """Hook the layer."""
+
+        def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            x = _input(self.name, inputs)
+            hidden = (x @ self.a.T.to(x.dtype)).float().mul_(self.scaling)
+            return _watched(output, lambda d: see(self.block, d, hidden))
+
+        return [self.module.register_forward_hook(after)]
+
+
+@dataclass(frozen=True)
+class AdapterTap:
+    """One layer to differentiate with respect to A and B of the adapter that is active in the forward.
+
+    Attributes:
+        name: the layer, for messages.
+        module: the module whose input is x.
+        part_a: its linear layer x -> A x.
+        part_b: its linear layer A x -> B A x, multiplied by s outside, so that its output has the gradient s d.
+        factor: what gradients are multiplied by.
+        block_a: number of the block of A.
+        block_b: number of the block of B.
+    """
+
+    name: str
+    module: nn.Module
+    part_a: nn.Module
+    part_b: nn.Module
+    factor: float
+    block_a: int
     block_b: int
+
+    def hooks(self, see: PairConsumer) -> list[RemovableHandle]:
+        """Hook the layer and its parts."""
+        entered: list[Tensor] = []  # x as the layer gets it: what A gets may be a wider copy
+
+        def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            entered[:] = [_input(self.name, inputs)]
+
+        def after_a(module: nn.Module, inputs: tuple[Any, ...], hidden: Tensor) -> Tensor:
+            x = entered.pop()
+            return _watched(hidden, lambda d: see(self.block_a, _scaled(d, self.factor), x.float()))
+
+        def after_b(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            hidden = _scaled(inputs[0].detach().float(), self.factor)
+            return _watched(output, lambda d: see(self.block_b, d, hidden))
+
+        return [
+            self.module.register_forward_pre_hook(before),
+            self.part_a.register_forward_hook(after_a),
+            self.part_b.register_forward_hook(after_b),
+        ]
+
+
+Taps = Sequence[Tap] | Sequence[AdapterTap]
 
 
 @contextmanager
-def capture(taps: Sequence[Tap], consume: Consumer) -> Iterator[None]:
+def capture(taps: Taps, consume: Consumer) -> Iterator[None]:
     """Send the gradients of every backward of a forward run inside this context to `consume`.
 
     Args:
@@ -75,11 +130,11 @@ def gradients(left: Float[Tensor, "b t m"], right: Float[Tensor, "b t k"]) -> Fl
 
 
 @contextmanager
-def capture_pairs(taps: Sequence[Tap], see: PairConsumer) -> Iterator[None]:
+def capture_pairs(taps: Taps, see: PairConsumer) -> Iterator[None]:
     """Send the two sides of the gradients of every backward of a forward run inside this context to `see`.
 
-    Of B the left side is d and the right one s A x; of A they are s B^T d and x. Where a position does not reach the
-    output, padding for one, d is zero.
+    Of B the left side is d and the right one A x, of A they are B^T d and x; s is in either one. Where a position does
+    not reach the output, padding for one, d is zero.
 
     Args:
         taps: the layers.
@@ -88,7 +143,7 @@ def capture_pairs(taps: Sequence[Tap], see: PairConsumer) -> Iterator[None]:
     Raises:
         FeatureError: a layer's input is not [batch, tokens, d_in].
     """
-    handles = [tap.module.register_forward_hook(_forward_hook(tap, see)) for tap in taps]
+    handles = [handle for tap in taps for handle in tap.hooks(see)]
     try:
         yield
     finally:
@@ -96,32 +151,29 @@ def capture_pairs(taps: Sequence[Tap], see: PairConsumer) -> Iterator[None]:
             handle.remove()
 
 
-def _forward_hook(tap: Tap, see: PairConsumer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        x = inputs[0].detach()
-        if x.dim() != 3:
-            raise FeatureError(
-                f"layer {tap.name} receives an input of shape {tuple(x.shape)}",
-                expected="[batch, tokens, d_in]: layers that mix examples (routed experts) have no per-example rows",
-                fix="leave this layer out of the adapter's target modules",
-            )
-        hidden = (x @ tap.a.T.to(x.dtype)).float().mul_(tap.scaling)
-        kept = x if tap.block_a is not None else None
-        if not output.requires_grad:
-            output = output.detach().requires_grad_()
-        output.register_hook(lambda d: _see_layer(tap, d.detach().float(), hidden, kept, see))  # type: ignore[no-untyped-call]
-        return output
-
-    return hook
+def _input(name: str, inputs: tuple[Any, ...]) -> Tensor:
+    x: Tensor = inputs[0].detach()
+    if x.dim() != 3:
+        raise FeatureError(
+            f"layer {name} receives an input of shape {tuple(x.shape)}",
+            expected="[batch, tokens, d_in]: layers that mix examples (routed experts) have no per-example rows",
+            fix="leave this layer out of the adapter's target modules",
+        )
+    return x
 
 
-def _see_layer(
-    tap: Tap,
-    d: Float[Tensor, "b t d_out"],
-    hidden: Float[Tensor, "b t r"],
-    x: Float[Tensor, "b t d_in"] | None,
-    see: PairConsumer,
-) -> None:
-    see(tap.block_b, d, hidden)
-    if x is not None and tap.b is not None and tap.block_a is not None:
-        see(tap.block_a, (d @ tap.b.to(d.dtype)).mul_(tap.scaling), x.float())
+def _watched(output: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+    """Return the output with its gradient handed on; a leaf where nothing below it is differentiated."""
+    if not output.requires_grad:
+        output = output.detach().requires_grad_()
+
+    def hand_on(d: Tensor) -> None:
+        receive(d.detach().float())
+
+    output.register_hook(hand_on)  # type: ignore[no-untyped-call]
+    return output
+
+
+def _scaled(values: Tensor, factor: float) -> Tensor:
+    """Return the product, and the values themselves for 1."""
+    return values if factor == 1.0 else values * factor

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmattrib.encoding import Batch, Encoded, Side, collate
-from llmattrib.features.capture import Tap, capture_pairs, gradients
+from llmattrib.features.capture import AdapterTap, Tap, capture_pairs, gradients
 from llmattrib.features.curvature import Curvature, CurvatureFit, Shape, Whitening
 from llmattrib.features.outputs import OutputValues, Reading, evaluate_output
 from llmattrib.features.sketch import Block, Sketch, SketchKind, SketchPlan, make_plan
@@ -73,7 +73,7 @@ class _Point:
     """One linearisation point: an adapter, or the base model with fresh A matrices."""
 
     adapter: str | None
-    taps: tuple[Tap, ...]
+    taps: tuple[Tap, ...] | tuple[AdapterTap, ...]
 
 
 class Extractor:
@@ -251,18 +251,17 @@ class Extractor:
             fresh = torch.cat([lora_a_init(seed, layer, rank, init) for init in range(num_inits)])
             fresh = (fresh / num_inits**0.5).to(self.loaded.device)
             block = self._add_block(layer.name, "B", layer.d_out, rank * num_inits)
-            taps.append(Tap(layer.name, layer.module, fresh, None, scaling / self._loss_scale, None, block))
+            taps.append(Tap(layer.name, layer.module, fresh, scaling / self._loss_scale, block))
         return tuple(taps)
 
-    def _trained_taps(self, adapter: str) -> tuple[Tap, ...]:
+    def _trained_taps(self, adapter: str) -> tuple[AdapterTap, ...]:
         num_adapters = len(self.loaded.adapter_names)
         prefix = f"{adapter}/" if num_adapters > 1 else ""
         return tuple(self._trained_tap(layer, adapter, prefix, num_adapters) for layer in self.loaded.layers)
 
-    def _trained_tap(self, layer: LoraLayer, adapter: str, prefix: str, num_adapters: int) -> Tap:
-        a, b, scaling = layer.factors(adapter)
+    def _trained_tap(self, layer: LoraLayer, adapter: str, prefix: str, num_adapters: int) -> AdapterTap:
+        a, b, _ = layer.factors(adapter)
         block_a = self._add_block(prefix + layer.name, "A", *a.shape)
         block_b = self._add_block(prefix + layer.name, "B", *b.shape)
-        scaling /= num_adapters**0.5 * self._loss_scale
-        a, b = (factor.detach().to(self.loaded.device) for factor in (a, b))
-        return Tap(layer.name, layer.module, a, b, scaling, block_a, block_b)
+        factor = 1 / (num_adapters**0.5 * self._loss_scale)
+        return AdapterTap(layer.name, layer.module, *layer.parts(adapter), factor, block_a, block_b)

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from llmattrib.adapters import linear_modules
 from llmattrib.config import RunConfig
 from llmattrib.errors import ModelNotFoundError, first_line
-from llmattrib.features.capture import Tap, capture
+from llmattrib.features.capture import AdapterTap, Tap, capture
 from llmattrib.features.curvature import Shape
 from llmattrib.features.outputs import Reading, evaluate_output
 from llmattrib.features.sketch import Block
@@ -90,7 +90,7 @@ class EmptyModel:
     """
 
     model: nn.Module
-    taps: tuple[Tap, ...]
+    taps: tuple[Tap, ...] | tuple[AdapterTap, ...]
     shape: ModelShape
 
 
@@ -178,9 +178,10 @@ def _block_number(name: str) -> int:
 
 def _taps(
     layers: list[LoraLayer], config: RunConfig, num_adapters: int
-) -> tuple[tuple[Tap, ...], tuple[Block, ...], tuple[Shape, ...]]:
+) -> tuple[tuple[Tap, ...] | tuple[AdapterTap, ...], tuple[Block, ...], tuple[Shape, ...]]:
     """Return the taps of one pass, and the blocks of all with their shapes, in the order of `build`."""
-    taps: list[Tap] = []
+    fresh_taps: list[Tap] = []
+    trained_taps: list[AdapterTap] = []
     blocks: list[Block] = []
     shapes: list[Shape] = []
     num_inits = config.features.num_inits
@@ -189,15 +190,17 @@ def _taps(
         a, b, scaling = layer.factors("default")
         if at_init:
             fresh = a.new_empty(a.shape[0] * num_inits, a.shape[1])
-            taps.append(Tap(layer.name, layer.module, fresh, None, scaling, None, len(blocks)))
+            fresh_taps.append(Tap(layer.name, layer.module, fresh, scaling, len(blocks)))
             blocks.append(Block(layer.name, "B", b.numel() * num_inits))
             shapes.append((b.shape[0], b.shape[1] * num_inits))
         else:
-            taps.append(Tap(layer.name, layer.module, a, b, scaling, len(blocks), len(blocks) + 1))
+            parts = layer.parts("default")
+            trained_taps.append(AdapterTap(layer.name, layer.module, *parts, 1.0, len(blocks), len(blocks) + 1))
             blocks += [Block(layer.name, "A", a.numel()), Block(layer.name, "B", b.numel())]
             shapes += [(a.shape[0], a.shape[1]), (b.shape[0], b.shape[1])]
     times = 1 if at_init else num_adapters
-    return tuple(taps), tuple(blocks) * times, tuple(shapes) * times
+    taps = tuple(fresh_taps) if at_init else tuple(trained_taps)
+    return taps, tuple(blocks) * times, tuple(shapes) * times
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,7 @@ def batch_peak(empty: EmptyModel, config: RunConfig, batch: BatchShape) -> int:
     (tuner.disable_adapter_layers if at_init else tuner.enable_adapter_layers)()
     empty.model.requires_grad_(False)
     own = [t.untyped_storage() for t in (*empty.model.parameters(), *empty.model.buffers())]
-    meter = _Meter([*own, *(tap.a.untyped_storage() for tap in empty.taps)])
+    meter = _Meter([*own, *(tap.a.untyped_storage() for tap in empty.taps if isinstance(tap, Tap))])
     with meter, _FusedAttention(), torch.device("meta"):
         phi = torch.empty(batch.num_examples, config.features.sketch.dim)
 
