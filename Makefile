@@ -9,6 +9,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 VENV ?= .venv
+BENCH ?= .venv-bench
 EXTRAS ?= $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
@@ -16,14 +17,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := 2.13.0
 export DS_BUILD_OPS ?= 0
 
-.PHONY: help install demo test torture lint bench clean
+.PHONY: help install demo test torture lint bench bench-env clean
 
 help:
 	@echo "make demo     install, then trace the answers of a real fine-tuned model (about six minutes on two cores)"
 	@echo "make test     install, then run every test"
 	@echo "make torture  install, then kill 200 builds (ROUNDS=...) at random times and compare every byte"
 	@echo "make lint     install, then ruff, mypy and the import layers"
-	@echo "make bench    install, then every script of benchmarks/"
+	@echo "make bench    the environment .venv-bench with the peers, then every benchmark side by side; ROWS=\"features lds\" for some"
 	@echo "make install  the virtual environment $(VENV) alone"
 	@echo "make clean    remove the environment and all caches; runs/ stays"
 
@@ -71,9 +72,18 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: install
-	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$(basename $$script .py); done
+# The peers live in an environment of their own; nothing of llmattrib asks for them.
+bench-env: $(BENCH)/.installed
+
+$(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt benchmarks/peers.txt
+	$(MAKE) install VENV=$(BENCH) EXTRAS=cpu
+	$(BENCH)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt
+	$(BENCH)/bin/python -m pip install --disable-pip-version-check --no-deps -r benchmarks/peers.txt
+	@touch $@
+
+bench: bench-env
+	$(BENCH)/bin/python -m benchmarks $(ROWS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

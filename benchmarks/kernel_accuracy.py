@@ -8,8 +8,8 @@ the reference too; `bias` is free of it (products of independent shards, as in t
 overlap is of the ten largest values of each query; that of two halves of the reference is given beside it.
 
 `pydvl_n500`: pyDVL's antithetic permutation sampling of scikit-learn's kernel ridge regression on 500 of the messages,
-for one query, against ours: CPU seconds to the root-mean-square error that pyDVL reaches. pyDVL is installed into
-.venv-pydvl.
+for one query, against ours: CPU seconds to the root-mean-square error that pyDVL reaches. In the environment of
+`make bench`.
 
 `error_against_cost_n1000`: mean field (three forms), random subsets, antithetic and plain permutations on 1,000 of the
 messages. With --docs also docs/kernel_game.md and its plot are written.
@@ -114,12 +114,8 @@ def pydvl(features: SmsFeatures, num_permutations: int) -> dict[str, Any]:
     wide = game.features.astype(np.float64)
     given, found = FOLDER / "pydvl-game.npz", FOLDER / "pydvl-values.npz"
     np.savez(given, features=wide, responses=game.responses[:, 0], query=query, ridge=game.ridge)
-    environment = HERE.parent / ".venv-pydvl"
-    if not environment.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
-        subprocess.run([environment / "bin" / "python", "-m", "pip", "install", "-q", "pyDVL==0.10.0"], check=True)
     script = HERE / "peers" / "pydvl_shapley.py"
-    subprocess.run([environment / "bin" / "python", script, given, found, str(num_permutations)], check=True)
+    subprocess.run([sys.executable, script, given, found, str(num_permutations)], check=True)
     theirs = np.load(found)
     truth = Permutation(num_permutations=20_000, seed=2**20).measure(game, query[None])
 

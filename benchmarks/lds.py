@@ -10,6 +10,7 @@ Methods are named `method` (features at initialisation, one of them: the default
 (features at an adapter after a fine-tune of 2 epochs) and `method, k trained` (features at k adapters trained with
 different seeds). `ekfac_influence` and `ekfac_shapley` are grad_dot and Shapley on features whitened by EK-FAC.
 Baselines are those of `llmattrib evaluate`.
+Rows of bergson are those of `benchmarks.peers.bergson_lds`.
 `ceiling` is the score of the truth itself: one seed's margins against the mean of the others, sub-model by sub-model.
 Intervals are 95 %, over prompts and subsets. Adds to benchmarks/results/lds.json, task by task and name
 by name, and renders docs/choosing.md.
@@ -141,7 +142,8 @@ def table(result: dict[str, Any]) -> str:
             "| | " + " | ".join(columns) + " |",
             "|---" * (len(columns) + 1) + "|",
         ]
-        for method in (*METHODS, *WHITENED.values(), *BASELINES):
+        peers = sorted({name.partition(",")[0] for name in found["methods"] if name.startswith("bergson")})
+        for method in (*METHODS, *WHITENED.values(), *peers, *BASELINES):
             cells = [found["methods"].get(method + suffix) for suffix in columns.values()]
             texts = [cell_text(cell) if cell else "" for cell in cells]
             lines.append(f"| {method} | " + " | ".join(texts) + " |")

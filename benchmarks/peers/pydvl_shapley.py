@@ -1,4 +1,4 @@
-"""Shapley values by pyDVL's permutation sampling; runs in an environment of its own.
+"""Shapley values by pyDVL's permutation sampling; runs in the environment of `make bench`.
 
     python pydvl_shapley.py GAME.npz OUT.npz NUM_PERMUTATIONS
 
