@@ -31,6 +31,7 @@ from llmattrib.games.retraining import load_trainable
 from llmattrib.model import load_model
 from llmattrib.query import Run
 from llmattrib.reader import FeatureReader
+from llmattrib.reduce import reduce_run
 from llmattrib.rng import stream
 from llmattrib.scorers.spectral import Spectral
 from llmattrib.sections import GoldConfig
@@ -282,13 +283,18 @@ def test_killed_and_run_again_gives_the_same_bytes(run, tmp_path, monkeypatch):
     np.testing.assert_array_equal(more[..., :4], scores)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_give_the_bytes_of_one(run, tmp_path):
     whole = changed(run, tmp_path / "whole")
     shutil.copytree(run.layout.adapter, whole.layout.adapter)
     train_further(whole)
+    run = changed(run, reduce={"methods": ["grad_dot"]})
     build_features(run)
-    ended = launch("launch/gold.py", config_file(changed(run, reduce={"methods": ["grad_dot"]}), tmp_path))
+    reduce_run(run)
+    ended = launch("launch/gold.py", config_file(run, tmp_path))
     assert ended.returncode == 0, ended.stderr
+    assert "one_seed" in ended.stdout
     assert contents(run.layout.path("gold")) == contents(whole.layout.path("gold"))
 
 
