@@ -14,7 +14,7 @@ backward of the same tokens with the same LoRA; alternating, one thread, medians
 
 `cold`: CPU seconds of `llmattrib --help` and of `llmattrib query` in a new process, and of its imports alone.
 
-Writes benchmarks/results/query.json, a part at a time.
+Writes benchmarks/results/query.json, a part at a time, and the table of docs/architecture.md.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from llmattrib.store import RowStore
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "query.json"
+PAGE, BEGIN, END = ROOT / "docs" / "architecture.md", "<!-- query:begin -->\n", "<!-- query:end -->\n"
 FOLDER = Path("runs") / "benchmarks" / "query"
 DIM, RIDGE, SHARD_SIZE, METHOD = 512, 0.1, 4096, "influence"
 NUM_QUERIES, TOP, TIMED, MOST_SECONDS = 100, 100, 40, 3
@@ -201,6 +202,7 @@ def search(sizes: list[int], kinds: list[str], threads: list[int]) -> dict[str, 
             np.save(folder / "queries.npy", Population(real_features()).draw(NUM_QUERIES, "queries"))
         queries = np.load(folder / "queries.npy")
         for kind in (kind for kind in kinds if num_rows <= MOST_ROWS.get(kind, num_rows)):
+            shutil.rmtree(folder / "index", ignore_errors=True)
             load, truth = os.getloadavg()[0], None if kind == "flat" else np.load(exact)
             row, found = search_kind(folder, kind, queries, truth, threads)
             if kind == "flat":
@@ -324,6 +326,13 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_docs() -> None:
+    """Write the searches into their page."""
+    text = PAGE.read_text(encoding="utf-8")
+    head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
+    PAGE.write_text(head + BEGIN + table(results()) + END + tail, encoding="utf-8")
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "search": lambda arguments: search(arguments.sizes, arguments.kinds, arguments.threads),
     "warm": lambda arguments: warm(arguments.rounds),
@@ -342,7 +351,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for part in arguments.parts:
         merge(part, PARTS[part](arguments))
-    print(table(json.loads(RESULT.read_text())))
+        write_docs()
+    print(table(results()))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,6 @@ from llmattrib.progress import Progress, silent
 from llmattrib.reader import check_made_from
 from llmattrib.rng import stream
 from llmattrib.sections import IndexConfig, Method
-from llmattrib.settings import Settings
 from llmattrib.store import RowStore
 from llmattrib.words import METHOD as WORDS
 from llmattrib.words import open_words
@@ -288,15 +287,14 @@ def _empty_scan(store: RowStore, config: RunConfig) -> tuple[Any, Callable[[np.n
     Queries are mapped by the index itself; rows have another map, so they are added to its parts.
     """
     num_rows, outputs, dim = store.manifest.num_rows, store.manifest.num_outputs, store.manifest.dim
-    settings = Settings.stored(store.manifest.info)
-    is_of_words = settings.method == WORDS
+    is_of_words = store.manifest.info["method"] == WORDS
     features = open_words(config) if is_of_words else RowStore.open(config.layout.features)
     features.require_complete()
     check_made_from(store, features)
     moments = second_moments(
         store if is_of_words else features,  # a query's sketch is made as the representers are
         store.read_vector("mean"),
-        settings.normalize,
+        bool(store.manifest.info["normalize"]),
         SCAN_TRAINING_ROWS,
         stream(config.seed, "index", "queries"),
     )
