@@ -15,6 +15,7 @@ from benchmarks import (
     poison,
     reduce,
     scaling,
+    systems,
     tracin_we,
 )
 from benchmarks.demo import BEGIN, END, README, RESULT, pool, table
@@ -25,6 +26,20 @@ from llmattrib.games.subset_table import BANZHAF, SubsetRows
 def test_the_readme_table_is_rendered_from_the_result() -> None:
     text = README.read_text(encoding="utf-8")
     assert text.partition(BEGIN)[2].partition(END)[0] == table(json.loads(RESULT.read_text()))
+    assert text.partition(systems.BEGIN)[2].partition(systems.END)[0] == systems.table()
+
+
+def test_ten_of_ten_poisons_are_found_from_800_subsets() -> None:
+    found = json.loads(poison.RESULT.read_text())["kernel"]["centred"]["ame_lasso, 800"]
+    assert len(found) >= 3
+    assert min(found) == 1.0
+
+
+def test_the_best_published_settings_of_trak_are_well_below_the_default() -> None:
+    methods = json.loads(lds.RESULT.read_text())["tasks"]["sms"]["methods"]
+    for trak in (methods["trak, 1 trained"], methods["trak, 5 trained"]):
+        assert methods[lds.DEFAULT]["lds"] >= 1.5 * trak["lds"]
+        assert methods[lds.DEFAULT]["ci95"][0] > trak["ci95"][1]
 
 
 def test_recorded_figures_reach_what_is_promised() -> None:
