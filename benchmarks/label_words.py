@@ -32,7 +32,6 @@ from llmattrib.query import Run, answered_slots, in_slots
 from llmattrib.reader import FeatureReader
 from llmattrib.reduce import reduce_run
 from llmattrib.rng import stream
-from llmattrib.settings import resolve
 from llmattrib.store import RowStore
 from llmattrib.values.game import ValidationGame
 from llmattrib.values.stage import compute_values
@@ -136,9 +135,7 @@ def measure_task(task: str) -> dict[str, Any]:
     values = {name: compute_values(with_method(config, name)) for name in (*METHODS[task], "knn_shapley")}
     validation = load_validation(run)
     reader = FeatureReader(RowStore.open(config.layout.features))
-    manifest = reader.manifest
-    settings = resolve(config.reduce, "shapley", reader.output, True, manifest.num_rows, manifest.dim)
-    game = ValidationGame.of(reader, settings, validation)
+    game = ValidationGame.of(reader, reader.resolve(config.reduce, "shapley"), validation)
     train, test = (
         [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         for name in ("train", "test")

@@ -109,7 +109,7 @@ def write_stores(folder: Path, population: Population, num_rows: int) -> None:
     for shard in features.pending():
         rows = population.draw(SHARD_SIZE, "features", str(shard))
         features.write_shard(shard, rows[:, None], {})
-    settings = resolve(config.reduce, METHOD, "margin", False, num_rows)
+    settings = resolve(config.reduce, METHOD, "margin", False, num_rows, DIM)
     manifest = Manifest(
         "representers",
         num_rows,

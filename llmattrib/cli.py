@@ -189,10 +189,9 @@ def _reduce(run: "RunConfig", quiet: bool) -> bool:
         for result in results:
             error = "" if result.sum_rule_error is None else f", sum-rule error {result.sum_rule_error:.1e}"
             ridge = "" if result.ridge is None else f", ridge {result.ridge:g}"
-            verb = _verb(result.is_reused)
             bias = "" if result.certificate is None else f", {result.certificate}"
-            _say(quiet, f"{verb} {result.path}: {result.method}{ridge}{error}{bias}, {result.seconds:.1f} s")
-            _say(quiet, *(f"  {note}" for note in result.notes))
+            line = f"{result.path}: {result.method}{ridge}{error}{bias}, {result.seconds:.1f} s"
+            _say(quiet, f"{_verb(result.is_reused)} {line}", *(f"  {note}" for note in result.notes))
     return team.is_main
 
 
@@ -413,10 +412,9 @@ def verify(
     from llmattrib import console
 
     with console.reporting(debug):
-        loaded = _load(config, overrides)
         from llmattrib.verify import verify_run
 
-        findings = verify_run(loaded, [config, *(overrides or [])], repair=repair)
+        findings = verify_run(_load(config, overrides), [config, *(overrides or [])], repair=repair)
         if not console.print_findings(findings, repair, as_json=as_json):
             raise typer.Exit(1)
 

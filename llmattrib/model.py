@@ -27,13 +27,7 @@ from llmattrib.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, check_adapter, chec
 from llmattrib.config import digest
 from llmattrib.device import resolve_device
 from llmattrib.distributed import Sharding
-from llmattrib.errors import (
-    ConfigError,
-    OverlongExampleError,
-    UnsupportedAdapterError,
-    first_line,
-    memory_errors,
-)
+from llmattrib.errors import ConfigError, OverlongExampleError, UnsupportedAdapterError, first_line, memory_errors
 from llmattrib.rng import stream
 from llmattrib.sections import LoraConfig, ModelConfig
 from llmattrib.weights import (

@@ -44,7 +44,7 @@ from llmattrib.sections import Method
 from llmattrib.semivalues import follow
 from llmattrib.settings import Settings
 from llmattrib.store import RowStore
-from llmattrib.word_query import WordQuery
+from llmattrib.word_query import WordQuery, check_explained
 from llmattrib.words import METHOD as WORDS
 from llmattrib.words import open_words
 
@@ -97,8 +97,13 @@ class _Attribution:
     normalize: bool
     word_sketch: WordSketch | None
 
-    def query_vectors(self, phi: Float[np.ndarray, "q c p"], slots: Int[np.ndarray, " q"]) -> Float[np.ndarray, "q d"]:
-        """Return what inner products are taken with: features transformed, in the slot of the answered class."""
+    def vectors(
+        self, phi: Float[np.ndarray, "q c p"] | None, slots: Int[np.ndarray, " q"], by_words: Sequence[WordGradients]
+    ) -> Float[np.ndarray, "q d"]:
+        """Return what inner products are taken with: sketched word gradients, or transformed features, in slots."""
+        if self.word_sketch is not None:
+            return self.word_sketch.apply([item.words for item in by_words], [item.rows for item in by_words])
+        assert phi is not None
         vectors = in_slots(transform(phi, self.mean, self.normalize), slots)
         return vectors.reshape(len(phi), phi.shape[1] * phi.shape[2])
 
@@ -236,14 +241,9 @@ class Run:
         Raises:
             As `query`.
         """
-        top = top or self.config.query.top
-        methods = self.methods(methods)
-        if explain and {*methods} != {WORDS}:
-            raise MethodError(
-                f"only {WORDS} explains its values by words, and asked were {', '.join(methods)}",
-                expected=f"the method {WORDS}",
-                fix=f"ask for {WORDS} alone, or leave the explanation out",
-            )
+        top, methods = top or self.config.query.top, self.methods(methods)
+        if explain:
+            check_explained(methods)
         found = {method: self._attribution(method) for method in methods}
         if rerank:
             check_rerank(methods, rerank, top, is_centred=any(item.mean.any() for item in found.values()))
@@ -254,15 +254,10 @@ class Run:
         slots = answered_slots(np.array([item.label for item in encoded], np.int64), self.config.features.output)
         hits: dict[Method, list[Hits]] = {}
         for method, attribution in found.items():
-            sketch, shortlist = attribution.word_sketch, rerank
-            if sketch is not None:
-                vectors = sketch.apply([item.words for item in by_words], [item.rows for item in by_words])
-                shortlist = rerank or self.config.words.shortlist
-            else:
-                assert phi is not None
-                vectors = attribution.query_vectors(phi, slots)
+            vectors = attribution.vectors(phi, slots, by_words)
+            shortlist = rerank or (self.config.words.shortlist if method == WORDS else 0)
             pools: list[Pool] = list(attribution.index.extremes(vectors, max(top, shortlist)))
-            if sketch is not None:
+            if method == WORDS:
                 pools = resorted(pools, lambda row, rows: self._words.values(by_words[row], rows))
             elif rerank:
                 pools = resorted(pools, self._exact(attribution, examples, encoded))

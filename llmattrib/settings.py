@@ -68,18 +68,7 @@ def resolve(
         MethodError: the method or its response cannot use these features.
     """
     kind, is_semivalue = MethodName.parse(method).kind, MethodName.parse(method).is_semivalue
-    if output == "logits" and not is_semivalue:
-        raise MethodError(
-            f"{method} needs one gradient per example, and features of output logits have one per class",
-            expected="features.output loss, log_odds, margin or pntk",
-            fix="set reduce.methods=[shapley] or other semivalues, or build features of output margin",
-        )
-    if kind == "tracin_we" and (config.center is True or config.normalize is True):
-        raise MethodError(
-            "tracin_we is of word gradients as they are: no mean is taken off and no length is scaled",
-            expected="reduce.center and reduce.normalize auto or false",
-            fix="reduce tracin_we by itself, or set them to auto",
-        )
+    _check_method(config, method, output, is_semivalue)
     ridge: float | Literal["loo"] | None = None
     if kind not in ("grad_dot", "grad_cos", "spectral", "tracin_we"):
         ridge = _auto_ridge(is_semivalue, has_labels, is_whitened) if config.ridge == "auto" else config.ridge
@@ -133,6 +122,21 @@ def _form(num_rows: int, dim: int) -> Form:
     if num_rows > max(STREAMED, STREAMED_ROWS_A_DIM * dim):
         return "streamed"
     return "pairs" if num_rows <= LARGE else "total_gradient"
+
+
+def _check_method(config: ReduceConfig, method: Method, output: str, is_semivalue: bool) -> None:
+    if output == "logits" and not is_semivalue:
+        raise MethodError(
+            f"{method} needs one gradient per example, and features of output logits have one per class",
+            expected="features.output loss, log_odds, margin or pntk",
+            fix="set reduce.methods=[shapley] or other semivalues, or build features of output margin",
+        )
+    if method == "tracin_we" and (config.center is True or config.normalize is True):
+        raise MethodError(
+            "tracin_we is of word gradients as they are: no mean is taken off and no length is scaled",
+            expected="reduce.center and reduce.normalize auto or false",
+            fix="reduce tracin_we by itself, or set them to auto",
+        )
 
 
 def _check_response(response: Response, output: str, has_labels: bool) -> None:

@@ -14,16 +14,31 @@ from transformers import PreTrainedTokenizerBase
 from llmattrib.config import RunConfig
 from llmattrib.data import Example
 from llmattrib.encoding import Encoded
-from llmattrib.errors import FingerprintMismatchError
+from llmattrib.errors import FingerprintMismatchError, MethodError
 from llmattrib.extraction import encode_examples
 from llmattrib.features.extract import Extractor
 from llmattrib.features.words import WordGradients
 from llmattrib.hits import Explanation
 from llmattrib.manifest import differing
 from llmattrib.scorers.tracin_we import WordRows, explain, word_rows
+from llmattrib.sections import Method
 from llmattrib.store import RowStore
 from llmattrib.wording import Wording
-from llmattrib.words import extract_words, load_word_extractor, stored_wording, stored_words, word_fingerprint
+from llmattrib.words import METHOD, extract_words, load_word_extractor, stored_wording, stored_words, word_fingerprint
+
+
+def check_explained(methods: Sequence[Method]) -> None:
+    """Check that the methods asked for explain their values by words.
+
+    Raises:
+        MethodError: one does not.
+    """
+    if {*methods} != {METHOD}:
+        raise MethodError(
+            f"only {METHOD} explains its values by words, and asked were {', '.join(methods)}",
+            expected=f"the method {METHOD}",
+            fix=f"ask for {METHOD} alone, or leave the explanation out",
+        )
 
 
 class WordQuery:

@@ -26,7 +26,7 @@ def test_minimal_config_has_the_documented_defaults(tmp_path: Path) -> None:
     assert config.features.linearisation == "init"
     assert config.features.sketch.kind == "oporp"
     assert config.reduce.methods == METHODS
-    assert config.index.kind == "flat"
+    assert config.index.kind == "auto"
     assert config.query.method == "shapley"
 
 

@@ -46,7 +46,7 @@ def write_both(config: RunConfig, rows: np.ndarray, features: np.ndarray | None 
     features = rows if features is None else features
     for shard in store.pending():
         store.write_shard(shard, features[slice(*store.shard_range(shard))], {})
-    settings = resolve(ReduceConfig(center=center), "trak", "loss", False, n)
+    settings = resolve(ReduceConfig(center=center), "trak", "loss", False, n, p)
     manifest = Manifest("representers", n, c, p, "float32", 1024, (), {"features": store.digest()}, asdict(settings))
     kept = RowStore.create(config.layout.representers("trak"), manifest)
     kept.write_vector("mean", features.mean(0) if center else np.zeros((c, p), np.float32))

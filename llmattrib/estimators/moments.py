@@ -25,6 +25,7 @@ from jaxtyping import Float, Int8
 Sign = Literal["helpful", "harmful", "undetermined"]
 SIGNS: dict[int, Sign] = {1: "helpful", -1: "harmful", 0: "undetermined"}
 """What the codes of `Moments.signs` mean."""
+_PIECE = 8192  # numbers accumulated at a time: six arrays of them stay in the second-level cache
 MIN_COUNT = 16
 """Samples below which there is no interval."""
 
@@ -64,18 +65,23 @@ class Moments:
             start: moments of the samples before; the result has the bytes of all of them accumulated at once.
         """
         start = start or cls.empty(shape)
-        count, (mean, m2, low, high) = start.count, (part.copy() for part in start.parts)
-        before, after = np.empty(shape), np.empty(shape)
+        count, parts = start.count, [part.copy() for part in start.parts]
+        pieces = [slice(first, first + _PIECE) for first in range(0, start.mean.size, _PIECE)]
+        before, after = np.empty((2, _PIECE))
         for sample in samples:
             assert sample.shape == shape
             count += 1
-            np.subtract(sample, mean, out=before)
-            mean += np.divide(before, count, out=after)
-            before *= np.subtract(sample, mean, out=after)
-            m2 += before
-            np.minimum(low, sample, out=low)
-            np.maximum(high, sample, out=high)
-        return cls(count, mean, m2, low, high)
+            flat, accumulated = sample.reshape(-1), [part.reshape(-1) for part in parts]
+            for piece in pieces:
+                new, (mean, m2, low, high) = flat[piece], (part[piece] for part in accumulated)
+                shift, rest = before[: len(new)], after[: len(new)]
+                np.subtract(new, mean, out=shift)
+                mean += np.divide(shift, count, out=rest)
+                shift *= np.subtract(new, mean, out=rest)
+                m2 += shift
+                np.minimum(low, new, out=low)
+                np.maximum(high, new, out=high)
+        return cls(count, *parts)
 
     def merge(self, other: "Moments") -> "Moments":
         """Return the moments of both sets of samples."""

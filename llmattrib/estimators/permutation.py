@@ -161,11 +161,11 @@ class Permutation:
 
         arrays = itertools.cycle(np.empty((2, c, m, n)))  # a sample is used up before the next pair; players last
 
-        def gains(order: Int[np.ndarray, " n"]) -> Float[np.ndarray, "c m n"]:
+        def gains(order: Int[np.ndarray, " n"], weight: float) -> Float[np.ndarray, "c m n"]:
             values, responses, start = next(arrays), np.empty((n, c)), 0
             for steps in solver.steps(order):
                 players = order[start : start + len(steps.responses)]
-                values[-1][:, players], responses[players] = steps.queries, steps.responses
+                values[-1][:, players], responses[players] = steps.queries, weight * steps.responses
                 start += len(players)
             for output in range(c):  # the last one in place
                 np.multiply(values[-1], responses[:, output], out=values[output])
@@ -216,7 +216,7 @@ class Permutation:
         close = None if self.tolerance is None else self.tolerance * abs(float(full.mean() - empty.mean()))
         shape = (len(full), n + 1)
 
-        def gains(order: Int[np.ndarray, " n"]) -> Float[np.ndarray, "u n1"]:
+        def gains(order: Int[np.ndarray, " n"], weight: float) -> Float[np.ndarray, "u n1"]:
             values, start, before, worth, run = np.zeros(shape), 0, np.zeros((m, c)), empty, 0
             max_rows = max(1, _STREAMED // (m * c))
             for parts in zip(*(_split(solver.steps(order), max_rows) for solver in solvers), strict=True):
@@ -234,21 +234,21 @@ class Permutation:
                 if close is not None and run >= self.num_consecutive:
                     break
             values[:, n] = start
+            values *= weight
             return values
 
         return UtilitySamples(self._samples(n, gains, progress), empty, full, shape)
 
     def _samples(
-        self, num_players: int, gains: Callable[[Int[np.ndarray, " n"]], np.ndarray], progress: Progress
+        self, num_players: int, gains: Callable[[Int[np.ndarray, " n"], float], np.ndarray], progress: Progress
     ) -> Iterator[np.ndarray]:
         """Yield the gains of one permutation, or the mean of a pair, at a time."""
-        count = self.num_permutations // (2 if self.antithetic else 1)
+        count, weight = self.num_permutations // (2 if self.antithetic else 1), 0.5 if self.antithetic else 1.0
         for done in range(count):
             order = stream(self.seed, "permutation", self.first_sample + done).permutation(num_players)
-            sample = gains(order)
+            sample = gains(order, weight)
             if self.antithetic:
-                sample += gains(order[::-1])
-                sample /= 2
+                sample += gains(order[::-1], weight)
             yield sample
             progress(done + 1, count)
 

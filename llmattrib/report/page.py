@@ -41,6 +41,9 @@ READING = {
     "examples ranked first.",
     "signs": "The share of helpful and harmful signs that stay when half of the examples are not there; 0.5 is chance. "
     "A score that looks at its own example alone cannot change: stable is not right.",
+    "gold": "The cosine of the scores with what leaving each example out of so many more steps of training does: 1 "
+    "says the same, 0 is chance. “spectral” knows the number of steps; “one_seed” is how well the truth agrees with "
+    "itself.",
     "sketch": "How far inner products of the stored, compressed features are from those of exact gradients: no method "
     "can be more exact than what it is made from.",
 }
