@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks._pages import fill
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, load_config
 from llmattrib.evaluate.scores import RunScores
@@ -136,8 +137,7 @@ def tables(result: dict[str, Any]) -> str:
 def write_docs() -> None:
     """Write the tables into their page, and the picture beside it."""
     result = json.loads(RESULT.read_text())
-    text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(text.partition(BEGIN)[0] + BEGIN + tables(result) + END + text.partition(END)[2], encoding="utf-8")
+    fill(PAGE, BEGIN, tables(result), END)
     curves = {task: found["curves"]["details"] for task, found in result["tasks"].items() if "curves" in found}
     if curves:
         PICTURE.write_bytes(curves_picture(curves, METHODS))

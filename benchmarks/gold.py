@@ -32,6 +32,7 @@ from sklearn.datasets import load_breast_cancer
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from benchmarks._networks import Network, Task
+from benchmarks._pages import fill
 from benchmarks.truth.tasks import rows_of
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, load_config, validate_config
@@ -314,8 +315,7 @@ def write_docs() -> None:
     """Draw the plot and write the tables into their page."""
     result = json.loads(RESULT.read_text())
     plot(result)
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(page.partition(BEGIN)[0] + BEGIN + table(result) + END + page.partition(END)[2], encoding="utf-8")
+    fill(PAGE, BEGIN, table(result), END)
 
 
 def main() -> None:

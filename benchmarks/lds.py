@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._pages import fill
 from benchmarks.truth.margins import TASKS, load
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, load_config
@@ -153,8 +154,7 @@ def table(result: dict[str, Any]) -> str:
 
 def write_docs() -> None:
     """Write the table into its page."""
-    text, rendered = PAGE.read_text(encoding="utf-8"), table(json.loads(RESULT.read_text()))
-    PAGE.write_text(text.partition(BEGIN)[0] + BEGIN + rendered + END + text.partition(END)[2], encoding="utf-8")
+    fill(PAGE, BEGIN, table(json.loads(RESULT.read_text())), END)
 
 
 def main() -> None:

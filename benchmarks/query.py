@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._pages import fill
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, load_config, validate_config
 from llmattrib.index import build_index, open_index
@@ -328,9 +329,7 @@ def table(result: dict[str, Any]) -> str:
 
 def write_docs() -> None:
     """Write the searches into their page."""
-    text = PAGE.read_text(encoding="utf-8")
-    head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
-    PAGE.write_text(head + BEGIN + table(results()) + END + tail, encoding="utf-8")
+    fill(PAGE, BEGIN, table(results()), END)
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

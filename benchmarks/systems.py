@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._pages import fill
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- systems:begin -->\n", "<!-- systems:end -->\n"
@@ -96,8 +98,7 @@ def table() -> str:
 
 def main() -> None:
     """Write the table into README."""
-    text = README.read_text(encoding="utf-8")
-    README.write_text(text.partition(BEGIN)[0] + BEGIN + table() + END + text.partition(END)[2], encoding="utf-8")
+    fill(README, BEGIN, table(), END)
 
 
 if __name__ == "__main__":
