@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks._pages import fill
 from llmattrib.build import build_features
 from llmattrib.config import load_config
 from llmattrib.demo import score
@@ -145,8 +146,7 @@ def main() -> None:
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(RESULT.read_text())
     if arguments.readme:
-        head, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-        README.write_text(head + BEGIN + table(result) + END + rest.partition(END)[2], encoding="utf-8")
+        fill(README, BEGIN, table(result), END)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._pages import fill
 from benchmarks._sms_game import FOLDER, SmsFeatures, load_features, reference
 from benchmarks.kernel_game import RESULT, cpu_seconds, merge
 from llmattrib.estimators.certificate import Certificate
@@ -206,9 +207,7 @@ def write_docs(result: dict[str, Any]) -> None:
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(PLOT, dpi=120, metadata={"Software": None})
-    text = PAGE.read_text(encoding="utf-8")
-    head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
-    PAGE.write_text(head + BEGIN + table(result) + END + tail, encoding="utf-8")
+    fill(PAGE, BEGIN, table(result), END)
 
 
 def main() -> None:

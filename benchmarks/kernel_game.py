@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._pages import fill
 from llmattrib.estimators import response
 from llmattrib.estimators.mean_field import MeanField
 from llmattrib.estimators.permutation import Permutation
@@ -272,13 +273,6 @@ def speed_table(speedup: dict[str, Any], pydvl: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_docs(begin: str, rendered: str, end: str) -> None:
-    """Write a table into its page."""
-    text = PAGE.read_text(encoding="utf-8")
-    head, tail = text.partition(begin)[0], text.partition(end)[2]
-    PAGE.write_text(head + begin + rendered + end + tail, encoding="utf-8")
-
-
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -310,11 +304,11 @@ def main() -> None:
         speedups = {f"n{row['num_players']}": row["speedup"]["published"] for row in rows}
         merge("permutation_speedup", speedups | {"rows": rows})
         result = json.loads(RESULT.read_text())
-        write_docs(SPEED_BEGIN, speed_table(result["permutation_speedup"], result["pydvl_n500"]), SPEED_END)
+        fill(PAGE, SPEED_BEGIN, speed_table(result["permutation_speedup"], result["pydvl_n500"]), SPEED_END)
     if options.only != "permutation_speedup":
         scaling = mean_field_scaling(options.gradient_sizes, options.cavity_sizes)
         merge("mean_field_scaling", scaling)
-        write_docs(BEGIN, scaling_table(scaling), END)
+        fill(PAGE, BEGIN, scaling_table(scaling), END)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._pages import fill
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, load_config
 from llmattrib.coordinates import transform
@@ -209,8 +210,7 @@ def main() -> None:
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(RESULT.read_text())
     if arguments.docs:
-        head, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
-        DOCS.write_text(head + BEGIN + tables(result) + END + rest.partition(END)[2], encoding="utf-8")
+        fill(DOCS, BEGIN, tables(result), END)
 
 
 if __name__ == "__main__":

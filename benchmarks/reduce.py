@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._pages import fill
 from llmattrib.config import RunConfig, validate_config
 from llmattrib.manifest import Manifest
 from llmattrib.rng import stream
@@ -142,10 +143,9 @@ def keep(dim: int, new: dict[str, Any]) -> None:
     RESULT.write_text(
         json.dumps({"dim": dim, "shard_size": SHARD_SIZE, "runs": sorted(runs, key=job)}, indent=2) + "\n"
     )
-    text = PAGE.read_text(encoding="utf-8")
-    head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
-    PAGE.write_text(head + BEGIN + table(json.loads(RESULT.read_text())) + END + tail, encoding="utf-8")
-    print(table(json.loads(RESULT.read_text())))
+    rendered = table(json.loads(RESULT.read_text()))
+    fill(PAGE, BEGIN, rendered, END)
+    print(rendered)
 
 
 def main() -> None:

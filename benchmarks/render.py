@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks._pages import fill
+
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 PLOTS = {"fidelity": PAGE.parent / "fidelity.png", "features": PAGE.parent / "features.png"}
@@ -146,13 +148,9 @@ def save(figure: Any, name: str) -> None:
 
 def main() -> None:
     """Write the page."""
-    text = PAGE.read_text(encoding="utf-8")
     for name, table in SECTIONS.items():
         begin, end = marks(name)
-        head, found, rest = text.partition(begin)
-        assert found, f"{PAGE} has no {begin.strip()}"
-        text = head + begin + table(result(name)) + end + rest.partition(end)[2]
-    PAGE.write_text(text, encoding="utf-8")
+        fill(PAGE, begin, table(result(name)), end)
     plot_fidelity(result("fidelity"))
     plot_features(result("features"))
 

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks._pages import fill
 from llmattrib.config import RunConfig, config_to_yaml, load_config
 from llmattrib.store import RowStore
 
@@ -123,9 +124,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = compare(Path(folder), arguments.examples, arguments.rounds)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    text = PAGE.read_text(encoding="utf-8")
-    head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
-    PAGE.write_text(head + BEGIN + table(result) + END + tail, encoding="utf-8")
+    fill(PAGE, BEGIN, table(result), END)
     print(table(result))
 
 
