@@ -111,7 +111,7 @@ def ensemble(task: str, kind: str, count: int) -> tuple[RunConfig, Validation, f
         for side in ("rows", "queries")
     )
     width = parts[0]["rows"].shape[1]
-    blocks = tuple(Block(f"adapter{number}/all", "B", width) for number in range(count))
+    blocks = tuple(Block("all" if kind == "inits" else f"adapter{number}/all", "B", width) for number in range(count))
     plan = SketchPlan("none", 0, width * count, blocks, (width,) * count)
     write_store(config, rows, plan, {name: np.mean([part[name] for part in parts], axis=0) for name in COLUMNS})
     return config, Validation(queries, parts[0]["labels"], "", 0, 0), agreement(parts)

@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks._pages import fill
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, load_config
-from llmattrib.coordinates import transform
+from llmattrib.coordinates import Transform
 from llmattrib.evaluate.mislabel import detection, trivial_suspicions
 from llmattrib.evaluate.retrieval import tfidf_scores
 from llmattrib.query import Run, answered_slots, in_slots
@@ -118,9 +118,8 @@ def detected(suspicion: np.ndarray, flipped: np.ndarray) -> dict[str, float]:
 def prompt_values(config: RunConfig, method: str, validation: Validation) -> np.ndarray:
     """Return values [q, n] of all training examples for the right answer of each test prompt."""
     store = RowStore.open(config.layout.representers(method))
-    mean, info = store.read_vector("mean"), store.manifest.info
     slots = answered_slots(validation.labels, config.features.output)
-    vectors = in_slots(transform(validation.phi, mean, bool(info["normalize"])), slots).reshape(len(slots), -1)
+    vectors = in_slots(Transform.of(store)(validation.phi), slots).reshape(len(slots), -1)
     rows = store.read(0, store.manifest.num_rows)
     return np.asarray(vectors @ rows.reshape(len(rows), -1).T)
 

@@ -25,11 +25,29 @@ from llmattrib.store import RowStore
 FLOOR = 1e-3
 
 
-def transform(
-    phi: Float[np.ndarray, "q c p"], mean: Float[np.ndarray, "c p"], normalize: bool
-) -> Float[np.ndarray, "q c p"]:
-    """Centre and scale query features as the representers of a method expect them."""
-    return unit_rows(phi - mean) if normalize else phi - mean
+@dataclass(frozen=True)
+class Transform:
+    """How query features are centred and scaled before inner products with the representers of a method.
+
+    Attributes:
+        mean: subtracted.
+        normalize: whether they are scaled to unit norm.
+        members: columns of each adapter, each scaled by itself; empty where they are not.
+    """
+
+    mean: Float[np.ndarray, "c p"]
+    normalize: bool
+    members: tuple[int, ...]
+
+    @classmethod
+    def of(cls, representers: RowStore) -> "Transform":
+        """Read what goes with stored representers."""
+        info = representers.manifest.info
+        return cls(representers.read_vector("mean"), bool(info["normalize"]), tuple(info["members"]))
+
+    def __call__(self, phi: Float[np.ndarray, "q c p"]) -> Float[np.ndarray, "q c p"]:
+        """Transform features."""
+        return unit_rows(phi - self.mean, self.members) if self.normalize else phi - self.mean
 
 
 @dataclass(frozen=True)
@@ -48,22 +66,21 @@ class Coordinates:
 
 
 def second_moments(
-    features: RowStore, mean: Float[np.ndarray, "c p"], normalize: bool, most: int, random: np.random.Generator
+    features: RowStore, transform: Transform, most: int, random: np.random.Generator
 ) -> Float[np.ndarray, "c p p"]:
     """Return E[q q^T] of each output over the training examples, transformed as queries are.
 
     Args:
         features: the feature store.
-        mean: subtracted.
-        normalize: whether rows are scaled to unit norm.
+        transform: of queries.
         most: rows to read, in whole shards drawn at random.
         random: draws them.
     """
     wanted = -(-most // features.manifest.shard_size)
     shards = sorted(random.permutation(features.num_shards)[:wanted].tolist())
-    total, num_rows = np.zeros((*mean.shape, mean.shape[1])), 0
+    total, num_rows = np.zeros((*transform.mean.shape, features.manifest.dim)), 0
     for _, rows in features.blocks(shards):
-        moved = transform(rows, mean, normalize).transpose(1, 0, 2).astype(np.float64)
+        moved = transform(rows).transpose(1, 0, 2).astype(np.float64)
         total += np.matmul(moved.transpose(0, 2, 1), moved)
         num_rows += len(rows)
     return total / num_rows

@@ -33,7 +33,7 @@ from jaxtyping import Float, Int
 
 from llmattrib import storage
 from llmattrib.config import RunConfig
-from llmattrib.coordinates import balance, second_moments
+from llmattrib.coordinates import Transform, balance, second_moments
 from llmattrib.errors import ConfigError, CorruptShardError, StoreNotFoundError
 from llmattrib.index_record import (
     PQ_BITS,
@@ -293,8 +293,7 @@ def _empty_scan(store: RowStore, config: RunConfig) -> tuple[Any, Callable[[np.n
     check_made_from(store, features)
     moments = second_moments(
         store if is_of_words else features,  # a query's sketch is made as the representers are
-        store.read_vector("mean"),
-        bool(store.manifest.info["normalize"]),
+        Transform.of(store),
         SCAN_TRAINING_ROWS,
         stream(config.seed, "index", "queries"),
     )

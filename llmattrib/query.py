@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 
 from llmattrib.config import RunConfig, load_config
-from llmattrib.coordinates import transform
+from llmattrib.coordinates import Transform
 from llmattrib.data import Example, Message, label_word, read_examples
 from llmattrib.encoding import Encoded, collate, encode, encode_prompt, end_of_turn_id, length_batches
 from llmattrib.errors import ConfigError, FingerprintMismatchError, MethodError
@@ -85,16 +85,14 @@ class _Attribution:
 
     Attributes:
         index: of its representers.
-        mean: [c, p], subtracted from a query's features.
+        transform: of a query's features.
         total: [c * p], the sum of all representers.
-        normalize: whether a query is scaled to unit norm.
         word_sketch: of word gradients, where the method is of these.
     """
 
     index: VectorIndex
-    mean: Float[np.ndarray, "c p"]
+    transform: Transform
     total: Float[np.ndarray, " d"]
-    normalize: bool
     word_sketch: WordSketch | None
 
     def vectors(
@@ -104,7 +102,7 @@ class _Attribution:
         if self.word_sketch is not None:
             return self.word_sketch.apply([item.words for item in by_words], [item.rows for item in by_words])
         assert phi is not None
-        vectors = in_slots(transform(phi, self.mean, self.normalize), slots)
+        vectors = in_slots(self.transform(phi), slots)
         return vectors.reshape(len(phi), phi.shape[1] * phi.shape[2])
 
 
@@ -246,7 +244,7 @@ class Run:
             check_explained(methods)
         found = {method: self._attribution(method) for method in methods}
         if rerank:
-            check_rerank(methods, rerank, top, is_centred=any(item.mean.any() for item in found.values()))
+            check_rerank(methods, rerank, top, is_centred=any(item.transform.mean.any() for item in found.values()))
         examples = self.answers(queries)
         encoded = [self._encode(example) for example in examples]
         by_words = self._words.gradients(examples, encoded) if WORDS in found else []
@@ -340,7 +338,7 @@ class Run:
                 fix="ask for the profile class by class",
             )
         settings = Settings.stored(store.manifest.info)
-        phi = transform(self.features(examples, encoded), store.read_vector("mean"), settings.normalize)[:, slots[0]]
+        phi = Transform.of(store)(self.features(examples, encoded))[:, slots[0]]
         rows = np.array([places[name] for name in ids], np.int64)
         return follow(settings, FeatureReader(self._features), phi, rows, int(slots[0]), progress)
 
@@ -399,10 +397,9 @@ class Run:
         if method not in self._attributions:
             index = open_index(self.config, method)
             store = current_representers(self.config, method, self.source(method))
-            mean, total = store.read_vector("mean"), store.read_vector("total").reshape(-1)
-            info = store.manifest.info
-            sketch = WordSketch(**info["word_sketch"]) if method == WORDS else None
-            self._attributions[method] = _Attribution(index, mean, total, bool(info["normalize"]), sketch)
+            total = store.read_vector("total").reshape(-1)
+            sketch = WordSketch(**store.manifest.info["word_sketch"]) if method == WORDS else None
+            self._attributions[method] = _Attribution(index, Transform.of(store), total, sketch)
         return self._attributions[method]
 
     def _exact(
@@ -411,7 +408,7 @@ class Run:
         """Return what values training examples for one of the queries by exact gradients."""
 
         def values(row: int, rows: Int[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
-            cosine = attribution.normalize
+            cosine = attribution.transform.normalize
             scorer = ExactScorer(self.config, self.extractor, examples[row], encoded[row], cosine=cosine)
             return scorer.values([self.examples[k] for k in rows.tolist()])
 

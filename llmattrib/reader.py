@@ -3,8 +3,9 @@
 Memory: statistics and row spaces are kept for later methods; `features` and `game` hold the rows in float64.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -44,7 +45,8 @@ class FeatureReader:
         stored = self.manifest.fingerprint
         has_labels, is_whitened = bool(stored["encoding"]["label_words"]), "preconditioner" in stored["features"]
         num_rows, dim = self.manifest.num_rows, self.manifest.dim
-        return resolve(config, method, self.output, has_labels, num_rows, dim, is_whitened)
+        members = member_widths(self.manifest.info.get("sketch_plan", {}))
+        return resolve(config, method, self.output, has_labels, num_rows, dim, is_whitened, members)
 
     def alone(self) -> "FeatureReader":
         """Return a reader of all shards for a rank that works while the others wait."""
@@ -78,7 +80,7 @@ class FeatureReader:
         center = self.center(settings)
         for start, rows in self.store.blocks(self.shards if shards is None else shards):
             rows = rows - center if settings.center else rows
-            yield start, unit_rows(rows) if settings.normalize else rows
+            yield start, unit_rows(rows, settings.members) if settings.normalize else rows
 
     def features(self, settings: Settings, output: int = 0) -> FeatureRows:
         """Return the rows of one output; the same object for the same transform."""
@@ -128,8 +130,7 @@ class FeatureReader:
         plan, num_inits = self.manifest.info["sketch_plan"], self.manifest.fingerprint["features"]["num_inits"] or 1
         found: dict[str, list[ColumnBlock]] = {}
         for block, columns in zip(plan["blocks"], self.column_blocks(), strict=False):
-            name, slash, _ = block["name"].partition("/")
-            found.setdefault(name if slash else "", []).append(columns)
+            found.setdefault(_member(block), []).append(columns)
         if num_inits > 1 or plan["kind"] == "rademacher":
             raise MethodError(
                 "reduce.ensemble=members, and the members share columns: "
@@ -165,6 +166,20 @@ class FeatureReader:
         features = self.features(settings, output)
         lam = absolute_ridge(features, ridge)
         return KernelGame(features.space.coordinates, self.responses(settings.response, output), lam)
+
+
+def _member(block: Mapping[str, Any]) -> str:
+    """Return the adapter of a block of a sketch plan; "" where there is one alone."""
+    name, slash, _ = block["name"].partition("/")
+    return str(name) if slash else ""
+
+
+def member_widths(plan: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the columns of each of several adapters, from a sketch plan; none where a dense sketch mixes them."""
+    widths: dict[str, int] = {}
+    for block, width in zip(plan.get("blocks", ()), plan.get("widths", ()), strict=True):
+        widths[_member(block)] = widths.get(_member(block), 0) + int(width)
+    return tuple(widths.values()) if len(widths) > 1 and plan["kind"] != "rademacher" else ()
 
 
 def check_made_from(representers: RowStore, features: RowStore) -> None:

@@ -1,6 +1,7 @@
 """Features to representers: one store for each method, so that any query is answered by inner products.
 
-    score_i = <q, v_i>,   q = phi(query) - mean, scaled to unit norm when info["normalize"]
+    score_i = <q, v_i>,   q = phi(query) - mean, scaled to unit norm when info["normalize"],
+                                               each adapter's part by itself (info["members"])
 
 holds for every method; a positive score means that training on i raises the query's answer. A representer store has
 the shape and shards of the feature store, the vectors `mean` (zeros when not centred) and `total` (sum of all
@@ -259,7 +260,7 @@ def _scorer(
     if name.kind == "grad_dot":
         return GradDot()
     if name.kind == "grad_cos":
-        return GradCos()
+        return GradCos(settings.members)
     if name.kind == "spectral":
         return Spectral(int(name.arguments[0]), name.arguments[1], weighted=reader.output in ("log_odds", "margin"))
     assert ridge is not None

@@ -18,6 +18,7 @@ from llmattrib.errors import MethodError
 from llmattrib.extraction import encode_examples, extract_rows
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch
+from llmattrib.reader import member_widths
 from llmattrib.scorers.gradient import unit_rows
 from llmattrib.sections import Method
 from llmattrib.words import METHOD as WORDS
@@ -100,6 +101,7 @@ class ExactScorer:
     def __init__(self, config: RunConfig, extractor: Extractor, query: Example, encoded: Encoded, cosine: bool) -> None:
         self._config, self._extractor, self._cosine = config, extractor, cosine
         plan = extractor.plan("none", config.seed, 1, [])
+        self._members = member_widths(plan.to_json())
         self._sketch = Sketch(plan, extractor.loaded.device)
         self._query = self._gradients([query], [encoded])[0]
 
@@ -117,4 +119,4 @@ class ExactScorer:
 
     def _gradients(self, examples: Sequence[Example], encoded: Sequence[Encoded]) -> Float[np.ndarray, "k p"]:
         rows = extract_rows(self._config, self._extractor, self._sketch, encoded, examples)[0][:, 0]
-        return unit_rows(rows) if self._cosine else rows
+        return unit_rows(rows, self._members) if self._cosine else rows

@@ -24,11 +24,15 @@ WHITENED_RIDGE = 10.0
 
 @dataclass(frozen=True)
 class Settings:
-    """Reduce settings of one method with every `auto` resolved; None where the method has no such setting."""
+    """Reduce settings of one method with every `auto` resolved; None where the method has no such setting.
+
+    `members` are the columns of each of several adapters where rows are scaled, each adapter's by itself; else none.
+    """
 
     method: Method
     center: bool
     normalize: bool
+    members: tuple[int, ...]
     dtype: Literal["float16", "float32"]
     ridge: float | Literal["loo"] | None
     response: Response | None
@@ -41,7 +45,7 @@ class Settings:
     @classmethod
     def stored(cls, info: Mapping[str, Any]) -> "Settings":
         """Return what a representer store was made with, its ridge chosen, from `info` of its manifest."""
-        return cls(**{field.name: info[field.name] for field in fields(cls)})
+        return cls(**{field.name: info[field.name] for field in fields(cls)} | {"members": tuple(info["members"])})
 
 
 def resolve(
@@ -52,6 +56,7 @@ def resolve(
     num_rows: int,
     dim: int,
     is_whitened: bool = False,
+    members: tuple[int, ...] = (),
 ) -> Settings:
     """Fill in what a method's `auto` settings mean.
 
@@ -63,6 +68,7 @@ def resolve(
         num_rows: n.
         dim: p.
         is_whitened: whether a preconditioner has taken the shared directions out of the features.
+        members: columns of each of several adapters; none for one.
 
     Raises:
         MethodError: the method or its response cannot use these features.
@@ -84,10 +90,12 @@ def resolve(
         response = ("labels" if own_labels else "unit") if config.response == "auto" else config.response
         _check_response(response, output, has_labels)
     form: Form = _form(num_rows, dim) if config.form == "auto" else config.form
+    normalize = method == "grad_cos" or (is_semivalue if config.normalize == "auto" else config.normalize)
     return Settings(
         method=method,
         center=(is_semivalue and not has_labels and not is_whitened) if config.center == "auto" else config.center,
-        normalize=method == "grad_cos" or (is_semivalue if config.normalize == "auto" else config.normalize),
+        normalize=normalize,
+        members=members if normalize else (),
         dtype=config.dtype,
         ridge=ridge,
         response=response,

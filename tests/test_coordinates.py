@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmattrib.coordinates import balance, second_moments, transform
+from llmattrib.coordinates import Transform, balance, second_moments
 from llmattrib.manifest import Manifest
 from llmattrib.rng import stream
 from llmattrib.store import RowStore
@@ -25,13 +25,13 @@ def stored(path: Path, rows: np.ndarray) -> RowStore:
 @pytest.mark.parametrize("normalize", [False, True])
 def test_moments_are_those_of_transformed_rows(tmp_path: Path, normalize: bool) -> None:
     rows = draw("rows", 37, 2, 5) + 1
-    store, mean = stored(tmp_path / "s", rows), rows.mean(axis=0)
-    found = second_moments(store, mean, normalize, 1000, stream(0, "t"))
-    moved = transform(rows, mean, normalize).astype(np.float64)
+    store, transform = stored(tmp_path / "s", rows), Transform(rows.mean(axis=0), normalize, ())
+    found = second_moments(store, transform, 1000, stream(0, "t"))
+    moved = transform(rows).astype(np.float64)
     for output in range(2):
         expected = sum(np.outer(row, row) for row in moved[:, output]) / len(rows)
         np.testing.assert_allclose(found[output], expected, rtol=1e-5, atol=1e-7)
-    part = second_moments(store, mean, normalize, 9, stream(0, "t"))
+    part = second_moments(store, transform, 9, stream(0, "t"))
     assert not np.allclose(part, found), "nine rows are two of five shards"
 
 

@@ -12,9 +12,12 @@ from tiny import tiny_run
 from llmattrib import train
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig
+from llmattrib.coordinates import Transform
 from llmattrib.errors import ConfigError, MethodError, ModelNotFoundError
+from llmattrib.estimators.mean_field import MeanField
 from llmattrib.extraction import run_adapters
 from llmattrib.finetune import FineTuning
+from llmattrib.games.kernel import KernelGame
 from llmattrib.index import build_index
 from llmattrib.plan.run import plan_run
 from llmattrib.query import Query, Run
@@ -125,7 +128,7 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pyte
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run with three adapters: two seeds, and an earlier epoch of the first."""
+    """A run with four adapters: two seeds, and an earlier epoch of each."""
     config = small(tmp_path_factory.mktemp("made"), train={"num_adapters": 2, "checkpoints": 2})
     config = changed(config, reduce={"methods": [*GRADIENT, "shapley"], "ensemble": "members", "certificate_draws": 0})
     train_adapter(config)
@@ -189,6 +192,33 @@ def test_the_mean_kernel_is_another_thing_and_semivalues_keep_it(made: RunConfig
     joint = rows[:4] @ np.linalg.solve(rows.T @ rows + ridge * np.eye(rows.shape[1]), rows.T)
     np.testing.assert_allclose(scores(config, "influence"), joint, rtol=1e-3, atol=1e-5)
     assert not np.allclose(before["influence"], joint, rtol=0.01)
+
+
+def test_unit_norm_is_of_each_adapter(made: RunConfig, tmp_path: Path) -> None:
+    """Of grad_cos, its exact values and the kernel game, with one adapter's gradients far larger than the others'."""
+    shutil.copytree(made.run_dir, tmp_path / "run")
+    config = changed(made, tmp_path / "run", reduce={"methods": ["grad_cos", "shapley"], "ridge": 1.0, "center": False})
+    reduce_run(config)
+    store = RowStore.open(config.layout.features)
+    rows = store.read(0, 9)[:, 0].astype(np.float64)
+    parts = np.split(rows, len(adapter_paths(made)), axis=1)
+    assert np.ptp([np.linalg.norm(part) for part in parts]) > 0.1 * np.linalg.norm(rows)
+    units = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts]
+    kernel = np.mean([unit @ unit.T for unit in units], axis=0)
+    found = RowStore.open(config.layout.representers("grad_cos")).read(0, 9)[:, 0].astype(np.float64)
+    np.testing.assert_allclose(found @ found.T, kernel, rtol=1e-4, atol=1e-5)
+    game = KernelGame.relative(np.concatenate(units, axis=1) / len(parts) ** 0.5, np.ones((9, 1)), 1.0)
+    values = RowStore.open(config.layout.representers("shapley"))
+    expected = MeanField(form="pairs").init(game).representers
+    assert oracles.relative_error(values.read(0, 9), expected) < 1e-4
+    assert Transform.of(values).members == (len(parts[0][0]),) * len(parts)
+    own = np.einsum("np,np->n", Transform.of(values)(rows[:, None].astype(np.float32))[:, 0], expected[:, 0])
+    np.testing.assert_allclose(own, np.einsum("np,np->n", game.features, expected[:, 0]), rtol=1e-3)
+    build_index(config, "grad_cos")
+    query = Query.of("what is the colour of a stone 3?", "green blue")
+    plain, exact = (Run(config).query_many([query], methods=["grad_cos"], top=9, rerank=k)[0] for k in (0, 9))
+    values_of = [{hit.row: hit.value for hit in (*hits.helpful, *hits.harmful)} for hits in (plain, exact)]
+    np.testing.assert_allclose(*([found[row] for row in range(9)] for found in values_of), rtol=1e-3, atol=1e-5)
 
 
 def test_a_query_is_one_inner_product(made: RunConfig) -> None:

@@ -69,6 +69,15 @@ def test_grad_dot_and_grad_cos_are_inner_products_and_cosines():
 def test_unit_rows_leave_zeros():
     rows = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
     np.testing.assert_allclose(unit_rows(rows), [[0.6, 0.8], [0, 0]])
+    np.testing.assert_allclose(unit_rows(rows, (1, 1)), [[0.5**0.5, 0.5**0.5], [0, 0]], rtol=1e-6)
+
+
+def test_products_of_unit_rows_of_several_adapters_are_means_of_their_cosines():
+    rows, queries = draw(12, 7)[0], draw(3, 7, seed=1)[0]
+    rows[:, :2] *= 1000  # one adapter's gradients are much larger than the other's
+    cosines = [oracles.grad_cos_scores(rows[:, part], queries[:, part]) for part in (slice(2), slice(2, 7))]
+    found = unit_rows(queries[:, None], (2, 5))[:, 0] @ score(GradCos((2, 5)), rows, draw(12, 7)[1]).T
+    np.testing.assert_allclose(found, np.mean(cosines, axis=0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("n", "p"), SHAPES)

@@ -30,7 +30,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
 
 from llmattrib.config import RunConfig
-from llmattrib.coordinates import transform
+from llmattrib.coordinates import Transform
 from llmattrib.data import read_column
 from llmattrib.errors import ConfigError, DataError, MethodError
 from llmattrib.evaluate.record import Record, Row
@@ -162,11 +162,11 @@ def self_scores(scores: RunScores, method: Method) -> Float[np.ndarray, " n"]:
     features = scores.features
     store = current_representers(scores.config, method, features)
     slots = answered_slots(features.column("label").astype(np.int64), FeatureReader(features).output)
-    mean, normalize = store.read_vector("mean"), bool(store.manifest.info["normalize"])
+    transform = Transform.of(store)
     found = np.empty(features.manifest.num_rows)
     for start, rows in features.blocks():
         part = slice(start, start + len(rows))
-        own = in_slots(transform(rows, mean, normalize), slots[part])
+        own = in_slots(transform(rows), slots[part])
         found[part] = np.einsum("ncp,ncp->n", own, store.read(part.start, part.stop), dtype=np.float64)
     return found
 

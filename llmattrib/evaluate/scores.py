@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from sklearn.feature_extraction.text import CountVectorizer
 
 from llmattrib.config import RunConfig
-from llmattrib.coordinates import transform
+from llmattrib.coordinates import Transform
 from llmattrib.data import Example, load_validation_examples
 from llmattrib.encoding import Encoded, collate, length_batches
 from llmattrib.errors import MethodError
@@ -68,7 +68,7 @@ def scores_of_representers(config: RunConfig, method: Method, validation: Valida
     store = current_representers(config, method, features)
     output = str(features.manifest.fingerprint["features"]["output"])
     slots = answered_slots(validation.labels, output)
-    rows = transform(validation.phi, store.read_vector("mean"), bool(store.manifest.info["normalize"]))
+    rows = Transform.of(store)(validation.phi)
     queries = in_slots(rows, slots).reshape(len(rows), -1).astype(np.float64)
     return np.concatenate([queries @ block.reshape(len(block), -1).T for _, block in store.blocks()], axis=1)
 

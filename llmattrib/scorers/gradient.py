@@ -15,6 +15,7 @@ The rest of the family: datainf.py, iterative.py, spectral.py.
 Sources: Pruthi et al. 2020 (TracIn), Koh and Liang 2017, Park et al. 2023 (TRAK); docs/methods.md section 1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -60,7 +61,13 @@ class GradDot:
 
 @dataclass(frozen=True)
 class GradCos:
-    """Cosine of gradients; queries must be scaled to unit norm."""
+    """Cosine of gradients; queries must be scaled by `unit_rows` too.
+
+    Attributes:
+        members: as `unit_rows` takes them.
+    """
+
+    members: tuple[int, ...] = ()
 
     def init(self, features: FeatureRows) -> None:
         """Need nothing."""
@@ -69,7 +76,7 @@ class GradCos:
         self, state: None, rows: Float[np.ndarray, "m p"], log_odds: Float[np.ndarray, " m"]
     ) -> Float[np.ndarray, "m p"]:
         """Return unit rows; rows of zeros stay zero."""
-        return unit_rows(rows)
+        return unit_rows(rows, self.members)
 
 
 @dataclass(frozen=True)
@@ -141,8 +148,18 @@ class Trak:
         return solved.astype(np.float32)
 
 
-def unit_rows(rows: Float[np.ndarray, "*shape p"]) -> Float[np.ndarray, "*shape p"]:
-    """Scale rows to unit norm; rows of zeros stay zero."""
+def unit_rows(rows: Float[np.ndarray, "*shape p"], members: Sequence[int] = ()) -> Float[np.ndarray, "*shape p"]:
+    """Scale rows to unit norm; zeros stay zero.
+
+    Args:
+        rows: the features.
+        members: columns of each of several adapters, side by side. Each adapter's part gets the same norm, so that an
+            inner product of rows is the mean of the adapters' cosines; else the one with the largest gradients decides.
+    """
+    if len(members) > 1:
+        parts = np.split(rows, np.cumsum(members)[:-1], axis=-1)
+        scale = np.asarray(len(members) ** 0.5, rows.dtype)
+        return np.concatenate([unit_rows(part) / scale for part in parts], axis=-1)
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)
     return np.asarray(rows / np.maximum(norms, np.finfo(rows.dtype).tiny))
 

@@ -15,6 +15,7 @@ import scipy.stats
 from jaxtyping import Float, Int8
 
 from llmattrib.config import RunConfig
+from llmattrib.coordinates import Transform
 from llmattrib.errors import MethodError
 from llmattrib.estimators.ame import AmeRegression, Knockoffs
 from llmattrib.estimators.freeshap import FreeShap, KernelProblem
@@ -109,7 +110,7 @@ def from_representers(
     """
     values = config.values
     store = current_representers(config, values.method, reader.store)
-    query = mean_query(validation, store.read_vector("mean"), bool(store.manifest.info["normalize"]), reader.output)
+    query = mean_query(validation, Transform.of(store), reader.output)
     products = np.concatenate([np.einsum("mcp,cp->m", rows, query, optimize=True) for _, rows in store.blocks()])
     name = MethodName.parse(values.method)
     if not name.is_semivalue:
@@ -282,7 +283,7 @@ def _normal(found: TableValues, confidence: float, notes: tuple[str, ...]) -> Es
 
 def _game_identity(game: ValidationGame) -> dict[str, object]:
     """Return what the numbers of a game depend on besides its data."""
-    names = ("center", "normalize", "response")
+    names = ("center", "normalize", "members", "response")
     return {name: asdict(game.settings)[name] for name in names} | {"ridge": game.ridge}
 
 

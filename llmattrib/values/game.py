@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from llmattrib.coordinates import transform
+from llmattrib.coordinates import Transform
 from llmattrib.errors import MethodError
 from llmattrib.estimators.permutation import Utility, accuracy, log_likelihood
 from llmattrib.estimators.subset import Subset
@@ -70,7 +70,7 @@ class ValidationGame:
         """
         ridge, _, notes = choose_ridge(settings, reader)
         assert ridge is not None
-        rows = transform(validation.phi, reader.center(settings), settings.normalize)
+        rows = Transform(reader.center(settings), settings.normalize, settings.members)(validation.phi)
         games, queries = [], []
         for output in range(reader.manifest.num_outputs):
             games.append(reader.game(settings, ridge, output))
@@ -180,9 +180,7 @@ class ValidationGame:
         )
 
 
-def mean_query(
-    validation: Validation, mean: Float[np.ndarray, "c p"], normalize: bool, output: str
-) -> Float[np.ndarray, "c p"]:
+def mean_query(validation: Validation, transform: Transform, output: str) -> Float[np.ndarray, "c p"]:
     """Return the mean over prompts of what representers are multiplied with."""
     slots = answered_slots(validation.labels, output)
-    return np.asarray(in_slots(transform(validation.phi, mean, normalize), slots).mean(axis=0, dtype=np.float64))
+    return np.asarray(in_slots(transform(validation.phi), slots).mean(axis=0, dtype=np.float64))

@@ -171,7 +171,7 @@ def _game_fingerprint(config: RunConfig, reader: FeatureReader) -> Any:
     if method not in _OPTIONS:
         return current_representers(config, method, reader.store).digest()
     settings = asdict(_kernel_settings(config, reader))
-    return {name: settings[name] for name in ("center", "normalize", "ridge", "response")}
+    return {name: settings[name] for name in ("center", "normalize", "members", "ridge", "response")}
 
 
 def _estimate(
