@@ -29,6 +29,7 @@ from llmattrib.store import RowStore
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
+SLOW_DISK = Path(__file__).parent / "slow_disk"
 NUM_ROWS, SHARD_SIZE = 60, 2
 COMMANDS = ("sbatch", "squeue", "scancel")
 
@@ -307,6 +308,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def on_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(SLOW_DISK), prepend=os.pathsep)
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
