@@ -216,12 +216,12 @@ class ReduceConfig(Section):
     `auto` follows docs/methods.md: a semivalue on generation is centred, unit-norm, ridge 0.1; on label words it is
     not centred, unit-norm, ridge by leave-one-out; on features that a preconditioner has whitened it is, for both, not
     centred, unit-norm, ridge 10; the gradient family takes raw features, ridge 0.1.
-    `methods` are names of methods.py; semivalues share one sweep over q. `normalize` is to unit norm, of several adapters each one's part by itself, so that none decides alone; `ridge` is
-    in units of the mean squared feature norm; `loo` chooses it by closed-form leave-one-out error.
-    `form` is how semivalues are taken from the mean field: `pairs` is the most exact, `total_gradient` 2-5
-    times quicker, `streamed` holds no features, is linear in the examples and shared out over processes, `cavity`
-    misses the sum rule; `auto` is pairs up to 2,048 examples, total_gradient up to 20,000 (or 16 for each
-    dimension, if that is more) and streamed beyond.
+    `methods` are names of methods.py; semivalues share one sweep over q. `normalize` is to unit norm, of several
+    adapters each one's part by itself. `ridge` is in units of the mean squared feature norm; `loo` chooses it by
+    closed-form leave-one-out error. `form` is how semivalues are taken from the mean field: `pairs` is the most exact,
+    `total_gradient` 2-5 times quicker, `streamed` holds no features, is linear in the examples and shared out over
+    processes, `cavity` misses the sum rule; `auto` is pairs up to 2,048 examples, total_gradient up to 20,000 (or 16
+    for each dimension, if that is more) and streamed beyond.
     `certificate_draws` random subsets (8 or more; 0 for none) measure the bias of the mean field.
     `iterations` is the most that influence_cg and influence_lissa take, each a pass over the features.
     `ensemble` is of features at several adapters: `kernel` adds their inner products before a curvature is formed,
