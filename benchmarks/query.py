@@ -12,7 +12,7 @@ against `flat`.
 `warm`: SmolLM2-135M, LoRA of rank 8, a prompt with its completion: `Run.query` of an opened run against forward and
 backward of the same tokens with the same LoRA; alternating, one thread, medians of CPU time.
 
-`cold`: CPU seconds of `llmattrib --help` and of `llmattrib query` in a new process, and of its imports alone.
+`cold`: CPU seconds of `llmattrib --help` and of `llmattrib query` in a new process, and of the parts of such a query.
 
 Writes benchmarks/results/query.json, a part at a time, and the table of docs/architecture.md.
 """
@@ -49,6 +49,20 @@ NUM_QUERIES, TOP, TIMED, MOST_SECONDS = 100, 100, 40, 3
 NUM_FEATURES = 65_536  # of the store that the coordinates of a scan are found from
 MOST_ROWS = {"hnsw": 100_000}  # a graph over 10^6 x 512 takes more than an hour of a core
 KINDS = ("flat", "scan", "hnsw", "ivfpq")
+COLD = 3
+PROFILE = """
+import json, sys, time
+marks = {"Python": time.process_time()}
+import torch; marks["import torch"] = time.process_time()
+import transformers.models.llama.modeling_llama, peft; marks["import transformers and peft"] = time.process_time()
+from llmattrib.query import Run; marks["import llmattrib, faiss, zarr"] = time.process_time()
+run = Run.open(sys.argv[1])
+run.extractor, run.sketch; marks["load the model"] = time.process_time()
+run.load(); marks["open index and texts"] = time.process_time()
+run.query(*sys.argv[2:]); marks["the query"] = time.process_time()
+ends = list(marks.values())
+print(json.dumps(dict(zip(marks, [end - begin for begin, end in zip([0, *ends], ends)]))))
+"""
 
 
 def real_features() -> np.ndarray:
@@ -282,26 +296,28 @@ def warm(rounds: int) -> dict[str, Any]:
     }
 
 
-def cold() -> dict[str, float]:
-    """Return CPU seconds of new processes: help, the imports of a query, and a query of the run that `warm` made."""
+def cold() -> dict[str, Any]:
+    """Return CPU seconds of new processes: help, a query of the run that `warm` made, and where those of one go."""
     folder = str(FOLDER / "smollm2")
     rows = [json.loads(line) for line in (ROOT / "llmattrib/assets/factbook_qa.jsonl").read_text("utf-8").splitlines()]
     asked = ["--prompt", rows[0]["question"], "--completion", rows[0]["answer"], "--json"]
     commands = {
         "help": ["-m", "llmattrib.cli", "--help"],
-        "imports": ["-c", "import llmattrib.query"],
-        "imports_and_peft": ["-c", "import llmattrib.query, peft, transformers.models.llama.modeling_llama"],
         "query": ["-m", "llmattrib.cli", "query", folder, *asked],
     }
-    found = {}
+    found: dict[str, Any] = {}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for name, command in commands.items():
         before = os.times()
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, *command], check=True, capture_output=True, env=env)
         after = os.times()
         spent = after.children_user + after.children_system - before.children_user - before.children_system
         found[f"{name}_cpu_seconds"] = round(spent, 2)
-    return found
+    command = [sys.executable, "-c", PROFILE, folder, asked[1], asked[3]]
+    texts = [subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout for _ in range(COLD)]
+    profiles = [json.loads(text.splitlines()[-1]) for text in texts]
+    medians = {part: round(statistics.median(profile[part] for profile in profiles), 2) for part in profiles[0]}
+    return {**found, "profile_cpu_seconds": medians}
 
 
 def merge(part: str, found: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ clock itself still does, and `encoded_fingerprint` shows it. Tool calls and imag
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -30,7 +30,7 @@ TEMPLATE_DATE = "26 Jul 2024"  # the date that Llama 3 templates fall back to
 _SENTINEL = "\u2063completion\u2063"  # invisible separators: no template contains it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """One tokenised example.
 
@@ -224,6 +224,7 @@ def encode_all(
     limit = length_limit(config, max_length)
     label_token_ids(tokenizer, config)
     encoded: list[Encoded] = []
+    token: dict[int, int] = {}  # one object for each token of the vocabulary, 8 bytes a place instead of 36
     kept: list[Example] = []
     overlong: list[Example] = []
     lengths: list[int] = []
@@ -235,9 +236,10 @@ def encode_all(
             lengths.append(length)
             if config.overlong != "truncate":
                 continue
-            encoded.append(encode(example, tokenizer, config, max_length=max_length))
+            item = encode(example, tokenizer, config, max_length=max_length)
         else:
-            encoded.append(Encoded((*prefix, *completion), len(prefix), label))
+            item = Encoded((*prefix, *completion), len(prefix), label)
+        encoded.append(replace(item, input_ids=tuple(token.setdefault(k, k) for k in item.input_ids)))
         kept.append(example)
     if overlong and config.overlong == "error":
         raise _overlong(overlong, lengths, limit)

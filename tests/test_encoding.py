@@ -1,11 +1,13 @@
 """Tokens, completion boundaries, label words, batches."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from llmattrib.data import Example, Message, user_message
 from llmattrib.encoding import (
@@ -212,6 +214,15 @@ def test_encode_all_equals_encode() -> None:
     together = encode_all(items, tiny_tokenizer(), CONFIG, 100)
     assert together.encoded == [encode(item, tiny_tokenizer(), CONFIG, max_length=100) for item in items]
     assert together.examples == items
+
+
+def test_a_token_is_one_object_in_all_examples() -> None:
+    """Python makes a new object of 28 bytes for each number above 256 that a tokenizer returns."""
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "benchmarks" / "truth" / "llama_1m")
+    texts = [example("the highest mountain of the country"), example("the highest mountain of the country", name="y")]
+    first, second = encode_all(texts, tokenizer, PLAIN, 100).encoded
+    assert any(token > 256 for token in first.input_ids)
+    assert all(one is other for one, other in zip(first.input_ids, second.input_ids, strict=True))
 
 
 def test_fingerprint_of_tokens() -> None:
