@@ -66,11 +66,6 @@ class LoraLayer:
         module: Any = self.module
         return module.lora_A[adapter].weight, module.lora_B[adapter].weight, float(module.scaling[adapter])
 
-    def parts(self, adapter: str) -> tuple[nn.Module, nn.Module]:
-        """Return the linear layers x -> A x and A x -> B A x of an adapter."""
-        module: Any = self.module
-        return module.lora_A[adapter], module.lora_B[adapter]
-
 
 @dataclass
 class LoadedModel:

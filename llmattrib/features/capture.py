@@ -7,10 +7,10 @@ For a layer y = W x + s B A x with input x_t and output gradient d_t = df/dy_t (
 
 At B = 0 a forward hook keeps A x, and a hook on the layer's output hands on the two sides of these outer products as
 soon as the backward reaches it (`capture_pairs`), or their sums, the gradients of every example (`capture`), so no more
-than one layer's gradients are alive. Where the adapter takes part in the forward its own two linear layers are hooked
-instead: A x and s B^T d are there already, and nothing is multiplied twice. All parameters stay frozen: the outputs of
-the lowest layers become the leaves of the graph, so the backward stops there and forms no gradient of a base weight or
-an embedding.
+than one layer's gradients are alive. Where the adapter takes part in the forward the hook adds s B A x to the output of
+the base layer: A x and s B^T d, which the gradients need, are then those of the forward and the backward. All
+parameters stay frozen: the outputs of the lowest layers become the leaves of the graph, so the backward stops there and
+forms no gradient of a base weight or an embedding.
 
 Knows nothing of what the gradients are for. Limit: a layer must see its input as [batch, tokens, d_in].
 """
@@ -64,13 +64,14 @@ class Tap:
 
 @dataclass(frozen=True)
 class AdapterTap:
-    """One layer to differentiate with respect to A and B of the adapter that is active in the forward.
+    """One layer to differentiate with respect to A and B at an adapter; adapters are off, and the hook adds B A x.
 
     Attributes:
         name: the layer, for messages.
-        module: the module whose input is x.
-        part_a: its linear layer x -> A x.
-        part_b: its linear layer A x -> B A x, multiplied by s outside, so that its output has the gradient s d.
+        module: the module whose input is x and whose output is W x.
+        a: [r, d_in] factor A, float32.
+        b: [d_out, r] factor B, float32.
+        scaling: s.
         factor: what gradients are multiplied by.
         block_a: number of the block of A.
         block_b: number of the block of B.
@@ -78,32 +79,58 @@ class AdapterTap:
 
     name: str
     module: nn.Module
-    part_a: nn.Module
-    part_b: nn.Module
+    a: Float[Tensor, "r d_in"]
+    b: Float[Tensor, "d_out r"]
+    scaling: float
     factor: float
     block_a: int
     block_b: int
 
     def hooks(self, see: PairConsumer) -> list[RemovableHandle]:
-        """Hook the layer and its parts."""
-        entered: list[Tensor] = []  # x as the layer gets it: what A gets may be a wider copy
+        """Hook the layer."""
+        up = (self.scaling * self.b.T).contiguous()
 
-        def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            entered[:] = [_input(self.name, inputs)]
+        def receive(d: Tensor, reduced: Tensor, x: Tensor, hidden: Tensor) -> None:
+            see(self.block_a, _scaled(reduced, self.factor), x)
+            see(self.block_b, d, _scaled(hidden, self.scaling * self.factor))
 
-        def after_a(module: nn.Module, inputs: tuple[Any, ...], hidden: Tensor) -> Tensor:
-            x = entered.pop()
-            return _watched(hidden, lambda d: see(self.block_a, _scaled(d, self.factor), x.float()))
+        def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            _input(self.name, inputs)
+            added: Tensor = _Added.apply(_leaf(output), inputs[0], self.a, up, receive)  # type: ignore[no-untyped-call]
+            return added
 
-        def after_b(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            hidden = _scaled(inputs[0].detach().float(), self.factor)
-            return _watched(output, lambda d: see(self.block_b, d, hidden))
+        return [self.module.register_forward_hook(after)]
 
-        return [
-            self.module.register_forward_pre_hook(before),
-            self.part_a.register_forward_hook(after_a),
-            self.part_b.register_forward_hook(after_b),
-        ]
+
+class _Added(torch.autograd.Function):
+    """y + s B A x from y = W x; the backward hands on d, s B^T d, x and A x. Base weights may be of any kind and dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Float[Tensor, "b t d_out"],
+        x: Float[Tensor, "b t d_in"],
+        a: Float[Tensor, "r d_in"],
+        up: Float[Tensor, "r d_out"],
+        receive: Callable[[Tensor, Tensor, Tensor, Tensor], None],
+    ) -> Tensor:
+        """Add, in the dtype of the factors; `up` is s B^T, contiguous."""
+        hidden = x.to(a.dtype) @ a.T
+        ctx.save_for_backward(x, hidden, a, up)
+        ctx.receive = receive
+        added = torch.addmm(y.flatten(0, 1).to(a.dtype), hidden.flatten(0, 1), up)
+        return added.view(y.shape).to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Return the gradients of y and x."""
+        (d,) = grads
+        x, hidden, a, up = ctx.saved_tensors
+        wide = d.to(a.dtype)
+        reduced = wide @ up.T
+        ctx.receive(wide, reduced, x.to(a.dtype), hidden)
+        below = (reduced @ a).to(x.dtype) if ctx.needs_input_grad[1] else None
+        return d, below, None, None, None
 
 
 Taps = Sequence[Tap] | Sequence[AdapterTap]
@@ -126,6 +153,8 @@ def capture(taps: Taps, consume: Consumer) -> Iterator[None]:
 
 def gradients(left: Float[Tensor, "b t m"], right: Float[Tensor, "b t k"]) -> Float[Tensor, "b size"]:
     """Return sum_t left_t right_t^T of each example as a row of size m k."""
+    if left.shape[2] > right.shape[2]:  # a product whose rows are long is several times quicker on a CPU
+        return torch.bmm(right.transpose(1, 2), left).transpose(1, 2).flatten(1)
     return torch.bmm(left.transpose(1, 2), right).flatten(1)
 
 
@@ -163,15 +192,19 @@ def _input(name: str, inputs: tuple[Any, ...]) -> Tensor:
 
 
 def _watched(output: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
-    """Return the output with its gradient handed on; a leaf where nothing below it is differentiated."""
-    if not output.requires_grad:
-        output = output.detach().requires_grad_()
+    """Return the output with its gradient handed on."""
+    output = _leaf(output)
 
     def hand_on(d: Tensor) -> None:
         receive(d.detach().float())
 
     output.register_hook(hand_on)  # type: ignore[no-untyped-call]
     return output
+
+
+def _leaf(output: Tensor) -> Tensor:
+    """Return the output; a leaf where nothing below it is differentiated."""
+    return output if output.requires_grad else output.detach().requires_grad_()
 
 
 def _scaled(values: Tensor, factor: float) -> Tensor:

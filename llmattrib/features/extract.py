@@ -226,7 +226,7 @@ class Extractor:
         def route(block: int, left: Tensor, right: Tensor) -> None:
             see(output, block, left, right)
 
-        with standing_at(self.loaded, point.adapter), capture_pairs(point.taps, route), torch.enable_grad():
+        with self.loaded.base_only(), capture_pairs(point.taps, route), torch.enable_grad():
             for output in range(last + 1):  # `route` reads it
                 if output == 0 or sharding:  # partitioned weights serve one backward of a forward
                     logits, example, target = completion_logits(self.loaded.model, batch)
@@ -260,8 +260,9 @@ class Extractor:
         return tuple(self._trained_tap(layer, adapter, prefix, num_adapters) for layer in self.loaded.layers)
 
     def _trained_tap(self, layer: LoraLayer, adapter: str, prefix: str, num_adapters: int) -> AdapterTap:
-        a, b, _ = layer.factors(adapter)
+        a, b, scaling = layer.factors(adapter)
         block_a = self._add_block(prefix + layer.name, "A", *a.shape)
         block_b = self._add_block(prefix + layer.name, "B", *b.shape)
         factor = 1 / (num_adapters**0.5 * self._loss_scale)
-        return AdapterTap(layer.name, layer.module, *layer.parts(adapter), factor, block_a, block_b)
+        factors = (part.detach().to(self.loaded.device) for part in (a, b))
+        return AdapterTap(layer.name, layer.module, *factors, scaling, factor, block_a, block_b)

@@ -194,8 +194,8 @@ def _taps(
             blocks.append(Block(layer.name, "B", b.numel() * num_inits))
             shapes.append((b.shape[0], b.shape[1] * num_inits))
         else:
-            parts = layer.parts("default")
-            trained_taps.append(AdapterTap(layer.name, layer.module, *parts, 1.0, len(blocks), len(blocks) + 1))
+            place = len(blocks), len(blocks) + 1
+            trained_taps.append(AdapterTap(layer.name, layer.module, a, b, scaling, 1.0, *place))
             blocks += [Block(layer.name, "A", a.numel()), Block(layer.name, "B", b.numel())]
             shapes += [(a.shape[0], a.shape[1]), (b.shape[0], b.shape[1])]
     times = 1 if at_init else num_adapters
@@ -220,9 +220,8 @@ def batch_peak(empty: EmptyModel, config: RunConfig, batch: BatchShape) -> int:
         config: the run: output function, linearisation, label words.
         batch: its shape.
     """
-    at_init = config.features.linearisation == "init"
     tuner: Any = empty.model.base_model
-    (tuner.disable_adapter_layers if at_init else tuner.enable_adapter_layers)()
+    tuner.disable_adapter_layers()
     empty.model.requires_grad_(False)
     own = [t.untyped_storage() for t in (*empty.model.parameters(), *empty.model.buffers())]
     meter = _Meter([*own, *(tap.a.untyped_storage() for tap in empty.taps if isinstance(tap, Tap))])
