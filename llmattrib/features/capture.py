@@ -103,7 +103,7 @@ class AdapterTap:
 
 
 class _Added(torch.autograd.Function):
-    """y + s B A x from y = W x; the backward hands on d, s B^T d, x and A x. Base weights may be of any kind and dtype."""
+    """y + s B A x from y = W x of any kind and dtype; the backward hands on d, s B^T d, x and A x."""
 
     @staticmethod
     def forward(
@@ -118,7 +118,8 @@ class _Added(torch.autograd.Function):
         hidden = x.to(a.dtype) @ a.T
         ctx.save_for_backward(x, hidden, a, up)
         ctx.receive = receive
-        added = torch.addmm(y.flatten(0, 1).to(a.dtype), hidden.flatten(0, 1), up)
+        flat = y.detach().flatten(0, 1).to(a.dtype)  # y itself, which nobody else has, or a wider copy
+        added = flat.addmm_(hidden.flatten(0, 1), up)
         return added.view(y.shape).to(y.dtype)
 
     @staticmethod

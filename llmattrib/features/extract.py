@@ -264,5 +264,5 @@ class Extractor:
         block_a = self._add_block(prefix + layer.name, "A", *a.shape)
         block_b = self._add_block(prefix + layer.name, "B", *b.shape)
         factor = 1 / (num_adapters**0.5 * self._loss_scale)
-        factors = (part.detach().to(self.loaded.device) for part in (a, b))
-        return AdapterTap(layer.name, layer.module, *factors, scaling, factor, block_a, block_b)
+        a, b = a.detach().to(self.loaded.device), b.detach().to(self.loaded.device)
+        return AdapterTap(layer.name, layer.module, a, b, scaling, factor, block_a, block_b)
