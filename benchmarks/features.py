@@ -9,6 +9,8 @@ ratios are taken within a round; medians and ranges. Rows:
     plain            forward and mean completion loss of trainable LoRA factors, `backward()`, nothing kept: the limit
     ours_init        per-example gradients, sketch to 4,096 dimensions, norms and columns, without the store
     ours_trained     the same at the adapter
+    passes_trained   of it forward and backward alone, A x and s B^T d among them; products_trained: with the gradients
+                     of all examples too, which are thrown away. What is left is the sketch and the norms
     batch_of_one     autograd for one example at a time; gradients only, not projected
     less             the same, projected to 4,096 dimensions 16 at a time by traker's projector for a CPU, as LESS does
     bergson_p16      benchmarks/peers/bergson_build.py, 16 x 16 entries for A and for B of each layer: its default
@@ -20,7 +22,16 @@ ratios are taken within a round; medians and ranges. Rows:
 
 Plain and ours compute logits where completions are predicted; the packages compute all of them, as they do for their
 users. With SmolLM2 the joint row draws ten thousand million signs for each batch, so it is a case of its own with few
-examples. Writes benchmarks/results/features.json, case by case and row by row.
+examples. Writes benchmarks/results/features.json, case by case and row by row. Its ratios are medians, above 1 where
+ours is quicker, and where there are several cases the lowest of them:
+
+    ratio_to_forward_backward  `smollm2`: ours_trained to plain in smollm2_r8 and smollm2_r16; `tiny`: in tiny_r8
+    ratio_to_bergson           ours_trained to, `default`: bergson_p16 in smollm2_r8 and smollm2_r16; `default_tiny`:
+                               bergson_p16 in tiny_r8; `equal_dims`: bergson_joint, all entries together, in tiny_r8 and
+                               smollm2_r8_joint; `equal_dims_per_module`: bergson_p3 in smollm2_r8
+    ratio_to_batch_of_one      ours_trained in tiny_r8 to, `tiny`: batch_of_one; `tiny_projected`: less
+
+and with `_init` at the end the same of ours_init.
 """
 
 import argparse
@@ -45,25 +56,32 @@ from llmattrib.sections import FeaturesConfig
 RESULT = Path(__file__).parent / "results" / "features.json"
 DIM = 4096
 OURS = ("ours_init", "ours_trained")
+PARTS = ("passes_init", "products_init", "passes_trained", "products_trained")
 PEERS = ("batch_of_one", "bergson_p16", "bergson_p8", "dattri_p8", "kronfluence")
 CASES: dict[str, tuple[str, int, int, tuple[str, ...]]] = {
-    "tiny_r8": ("tiny", 8, 96, ("plain", *OURS, *PEERS, "bergson_p0", "bergson_joint", "less", "traker")),
-    "smollm2_r8": ("smollm2", 8, 8, ("plain", *OURS, *PEERS, "bergson_p3")),
+    "tiny_r8": ("tiny", 8, 96, ("plain", *OURS, *PARTS, *PEERS, "bergson_p0", "bergson_joint", "less", "traker")),
+    "smollm2_r8": ("smollm2", 8, 8, ("plain", *OURS, *PARTS, *PEERS, "bergson_p3")),
     "smollm2_r16": ("smollm2", 16, 8, ("plain", *OURS, "bergson_p16")),
-    "smollm2_r8_joint": ("smollm2", 8, 8, ("ours_trained", "bergson_joint")),
+    "smollm2_r8_joint": ("smollm2", 8, 4, (*OURS, "bergson_joint")),
 }
 """Model, rank, examples and rows of each case."""
 
 
-def ours(case: Case, linearisation: str) -> Callable[[], None]:
-    """Return llmattrib's loop."""
+def ours(case: Case, linearisation: str, part: str = "ours") -> Callable[[], None]:
+    """Return llmattrib's loop, or a part of it."""
     extractor = Extractor(case.load(), FeaturesConfig(linearisation=linearisation), 0)  # type: ignore[arg-type]
     batches = case.batches
-    sketch = Sketch(extractor.plan("oporp", 0, DIM, batches[:2]))
+    if part == "ours":
+        sketch = Sketch(extractor.plan("oporp", 0, DIM, batches[:2]))
+        work: Callable[[list[Encoded]], object] = lambda group: extractor.extract(group, sketch)
+    elif part == "products":
+        work = lambda group: extractor._gradients(group, lambda *_: None, "right")
+    else:
+        work = lambda group: extractor._differentiate(extractor._collated(group), lambda *_: None)
 
     def run() -> None:
         for group in batches:
-            extractor.extract(group, sketch)
+            work(group)
 
     return run
 
@@ -124,8 +142,8 @@ def less(case: Case) -> Callable[[], None]:
 def contender(name: str, case: Case) -> Callable[[], None]:
     """Return the loop of a row."""
     package, _, variant = name.partition("_")
-    if package == "ours":
-        return ours(case, variant)
+    if package in ("ours", "passes", "products"):
+        return ours(case, variant, package)
     if package == "bergson":
         from benchmarks.peers import bergson_build
 
@@ -174,6 +192,8 @@ def figures(case: Case, seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Return tokens a CPU second of each row, and how many times quicker than it each of ours is."""
     rows: dict[str, Any] = {}
     for name, found in seconds.items():
+        if name in PARTS:
+            continue
         rows[name] = {
             "tokens_per_cpu_second": round(case.num_tokens / statistics.median(found), 1),
             "range": [round(case.num_tokens / second, 1) for second in (max(found), min(found))],
@@ -188,44 +208,62 @@ def figures(case: Case, seconds: dict[str, list[float]]) -> dict[str, Any]:
     return rows
 
 
-def summary(cases: dict[str, Any]) -> dict[str, Any]:
-    """Return the ratios that are asked for; the lowest where there are several."""
+def shares(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Return what part of the CPU time of ours each stage takes, at each linearisation point that was taken apart."""
+    found = {}
+    for point in ("init", "trained"):
+        rows = [seconds.get(f"{part}_{point}", []) for part in ("passes", "products", "ours")]
+        if all(rows):
+            parts = [(a / c, (b - a) / c, (c - b) / c) for a, b, c in zip(*rows, strict=True)]
+            medians = [round(statistics.median(part), 3) for part in zip(*parts, strict=True)]
+            found[point] = dict(zip(("model", "products", "sketch"), medians, strict=True))
+    return found
 
-    def lowest(row: str, *names: str) -> float | None:
-        found = [
-            cell["ratio"]
-            for name in names
-            for key, cell in cases.get(name, {"rows": {}})["rows"].get(row, {}).items()
-            if key.endswith("_over_this")
-        ]
-        return min(found) if found else None
+
+def summary(cases: dict[str, Any]) -> dict[str, Any]:
+    """Return the ratios that are asked for; see the top of the file."""
+
+    def lowest(row: str, *names: str) -> dict[str, float | None]:
+        """Return the lowest median of the cases, by the end of its name."""
+        found = {}
+        for own, end in (("ours_trained", ""), ("ours_init", "_init")):
+            cells = [cases.get(name, {"rows": {}})["rows"].get(row, {}).get(f"{own}_over_this") for name in names]
+            found[end] = min((cell["ratio"] for cell in cells if cell), default=None)
+        return found
+
+    def named(**ratios: dict[str, float | None]) -> dict[str, float | None]:
+        return {name + end: ratio for name, found in ratios.items() for end, ratio in found.items()}
 
     smollm2 = ("smollm2_r8", "smollm2_r16")
     return {
-        "ratio_to_forward_backward": {"smollm2": lowest("plain", *smollm2), "tiny": lowest("plain", "tiny_r8")},
-        "ratio_to_bergson": {
-            "default": lowest("bergson_p16", *smollm2),
-            "equal_dims": lowest("bergson_joint", "smollm2_r8_joint", "tiny_r8"),
-            "equal_dims_per_module": lowest("bergson_p3", *smollm2),
-        },
-        "ratio_to_batch_of_one": {
-            "tiny": lowest("batch_of_one", "tiny_r8"),
-            "tiny_projected": lowest("less", "tiny_r8"),
-        },
+        "ratio_to_forward_backward": named(smollm2=lowest("plain", *smollm2), tiny=lowest("plain", "tiny_r8")),
+        "ratio_to_bergson": named(
+            default=lowest("bergson_p16", *smollm2),
+            default_tiny=lowest("bergson_p16", "tiny_r8"),
+            equal_dims=lowest("bergson_joint", "smollm2_r8_joint", "tiny_r8"),
+            equal_dims_per_module=lowest("bergson_p3", "smollm2_r8"),
+        ),
+        "ratio_to_batch_of_one": named(
+            tiny=lowest("batch_of_one", "tiny_r8"), tiny_projected=lowest("less", "tiny_r8")
+        ),
     }
 
 
-def merge(name: str, case: Case, found: dict[str, Any], asked: list[str] | None) -> None:
+def merge(
+    name: str, case: Case, found: dict[str, Any], parts: dict[str, dict[str, float]], asked: list[str] | None
+) -> None:
     """Add rows of a case to the result file: all, or those asked for and those not there yet."""
     tree = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     cases = {key: value for key, value in tree.get("cases", {}).items() if key in CASES}
-    old = cases.get(name, {}).get("rows", {})
+    before = cases.get(name, {})
+    old = before.get("rows", {})
     rows = old | {row: cell for row, cell in found.items() if asked is None or row in asked or row not in old}
     cases[name] = {
         "model": case.model,
         "rank": case.rank,
         "examples": len(case.examples),
         "tokens": case.num_tokens,
+        "shares": before.get("shares", {}) | parts,
         "rows": {row: rows[row] for row in CASES[name][3] if row in rows},
     }
     ordered = {key: cases[key] for key in CASES if key in cases}
@@ -246,7 +284,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             case = make_case(model, rank, num_examples, Path(folder))
             for seconds in measure(case, kept, options.rounds):
-                merge(name, case, figures(case, seconds), options.rows)
+                merge(name, case, figures(case, seconds), shares(seconds), options.rows)
     print(json.dumps(summary(json.loads(RESULT.read_text())["cases"]), indent=1))
 
 

@@ -37,6 +37,7 @@ TITLES = {
     "smollm2_r16": "SmolLM2-135M, LoRA rank 16",
     "smollm2_r8_joint": "SmolLM2-135M, LoRA rank 8, one projection of all entries",
 }
+STAGES = {"model": "forward and backward", "products": "gradients of the examples", "sketch": "sketch and norms"}
 SKETCHES = {
     "float16": "ours, float16",
     "int8": "ours, int8",
@@ -76,6 +77,9 @@ def features(found: dict[str, Any]) -> str:
                 f"| {LABELS[row]} | {cell['tokens_per_cpu_second']:,.0f} | {' | '.join(ratios)} | {cell['rounds']} |"
             )
         lines.append("")
+        for point, shares in case.get("shares", {}).items():
+            parts = [f"{STAGES[stage]} {100 * share:.0f} %" for stage, share in shares.items()]
+            lines += [f"Of the time of `{point}`: {', '.join(parts)}.", ""]
     return "\n".join(lines)
 
 
