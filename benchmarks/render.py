@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _stage_tables
 from benchmarks._pages import fill
 
 HERE = Path(__file__).parent
@@ -105,7 +106,14 @@ def fidelity(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[Any], str]] = {"features": features, "fidelity": fidelity}
+SECTIONS: dict[str, Callable[[Any], str]] = {
+    "features": features,
+    "fidelity": fidelity,
+    "kernel_game": _stage_tables.kernel,
+    "end_to_end": _stage_tables.end_to_end,
+    "query": _stage_tables.search,
+    "memory": _stage_tables.memory,
+}
 """Sections by the name of their marks and of their result."""
 
 
