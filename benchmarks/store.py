@@ -1,12 +1,18 @@
-"""The row store against a bare numpy memmap, the price of a commit, and of opening a store of many shards.
+"""The row store against a bare numpy memmap, what a shard costs, and what it takes to open a store of many.
 
-    python -m benchmarks.store [--dim 4096] [--rows 16384] [--rounds 5] [--parts bandwidth commit shards zstd]
+    python -m benchmarks.store [--dim 4096] [--rows 8192] [--rounds 9] [--parts bandwidth shard shards zstd]
 
-One thread; wall time, alternating, medians. Both write the same float32 rows as float16 and force them to disk, and
-read them back as float32. The memmap has no scales, no checksums and no commit records; it is the physical limit.
-Bandwidths are of stored bytes, by wall and by CPU time. `commit` is the share of a write in the checksum and in the
-record. `shards`: the commit records of 10^5 shards are written without their data, and the store is opened and
-compared with them, as a reader does. Also: what zstd would save. Writes benchmarks/results/store.json.
+One thread; shards of 256 rows, in turn with the memmap, medians. Both are given the same float32 rows, store as many
+bytes of the same dtype, force every shard to disk, and give back float32. The memmap has no scales, no checksums and no
+commit records; `numpy` converts as `astype` does, `bytes` copies bytes that are converted already and gives them back
+as they are, which no store of float32 rows can do. Bandwidths are MB of stored rows a second; ratios are taken within a
+round, by wall and by CPU time, and over 1 where the store is quicker.
+
+`shard`: CPU milliseconds of the steps of writing and reading one shard. `shards`: the commit records of 10^5 shards are
+made without their data, and the store is opened and its digest taken, with a warm cache and, where this process may
+drop it, with a cold one (the whole machine's). `zstd`: what compression would save.
+
+Writes benchmarks/results/store.json.
 """
 
 import argparse
@@ -23,43 +29,48 @@ from typing import Any
 import numpy as np
 from numcodecs import Zstd
 
+from llmattrib import storage
 from llmattrib.commits import checksum, record_path
 from llmattrib.manifest import Manifest
+from llmattrib.quantize import quantize
 from llmattrib.rng import stream
-from llmattrib.storage import atomic_write
-from llmattrib.store import RowStore, quantize
+from llmattrib.store import RowStore
 
 RESULT = Path(__file__).parent / "results" / "store.json"
+CACHES = Path("/proc/sys/vm/drop_caches")
 SHARD_SIZE = 256
+DTYPES = ("int8", "float16", "float32")
+Times = tuple[float, float]
+CLOCKS = ("wall", "cpu")
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    return both_seconds(run)[0]
-
-
-def both_seconds(run: Callable[[], object]) -> tuple[float, float]:
+def seconds(run: Callable[[], object]) -> Times:
     """Wall and CPU time of one call."""
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def manifest(num_rows: int, dim: int, shard_size: int = SHARD_SIZE) -> Manifest:
-    """A float16 store of one output."""
-    return Manifest("features", num_rows, 1, dim, "float16", shard_size, ("norm",))
+def manifest(num_rows: int, dim: int, dtype: Any, shard_size: int = SHARD_SIZE) -> Manifest:
+    """A store of one output."""
+    return Manifest("features", num_rows, 1, dim, dtype, shard_size, ("norm",))
 
 
-def write_store(path: Path, num_rows: int, rows: np.ndarray) -> None:
+def shard_of(dim: int) -> np.ndarray:
+    """Rows of one shard."""
+    return stream(0, "benchmark", "store").standard_normal((SHARD_SIZE, 1, dim)).astype(np.float32)
+
+
+def write_store(path: Path, num_rows: int, rows: np.ndarray, dtype: str) -> None:
     """Write the same shard as often as it takes."""
-    store = RowStore.create(str(path), manifest(num_rows, rows.shape[-1]))
+    store = RowStore.create(str(path), manifest(num_rows, rows.shape[-1], dtype))
     for shard in store.pending():
         store.write_shard(shard, rows, {"norm": rows[:, 0, 0]})
 
 
-def write_memmap(path: Path, num_rows: int, rows: np.ndarray) -> None:
+def write_memmap(path: Path, num_rows: int, rows: np.ndarray, dtype: str) -> None:
     """The same by numpy alone."""
-    whole = np.memmap(path, "<f2", "w+", shape=(num_rows, *rows.shape[1:]))
+    whole = np.memmap(path, dtype, "w+", shape=(num_rows, *rows.shape[1:]))
     for start in range(0, num_rows, SHARD_SIZE):
         whole[start : start + SHARD_SIZE] = rows
         whole.flush()
@@ -71,133 +82,175 @@ def read_store(path: Path) -> None:
         pass
 
 
-def read_memmap(path: Path, num_rows: int, dim: int) -> None:
+def read_memmap(path: Path, num_rows: int, dim: int, dtype: str, wanted: str) -> None:
     """The same by numpy alone."""
-    whole = np.memmap(path, "<f2", "r", shape=(num_rows, 1, dim))
+    whole = np.memmap(path, dtype, "r", shape=(num_rows, 1, dim))
     for start in range(0, num_rows, SHARD_SIZE):
-        whole[start : start + SHARD_SIZE].astype(np.float32)
+        whole[start : start + SHARD_SIZE].astype(wanted)
 
 
-def bandwidth(folder: Path, num_rows: int, dim: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Return MB of stored bytes a second of wall and of CPU time, medians."""
-    rows = stream(0, "benchmark", "store").standard_normal((SHARD_SIZE, 1, dim)).astype(np.float32)
-    times: dict[str, list[tuple[float, float]]] = {
-        name: [] for name in ("write", "memmap_write", "read", "memmap_read", "verify")
-    }
+def bandwidth(folder: Path, num_rows: int, dim: int, rounds: int, dtype: str) -> dict[str, Any]:
+    """Return MB of stored rows a second of wall and of CPU time, and ratios to the memmap's."""
+    rows = shard_of(dim)
+    ready = rows.astype(dtype)
     ours, bare = folder / "rows.zarr", folder / "rows.bin"
+    calls: dict[str, Callable[[], object]] = {
+        "write": lambda: write_store(ours, num_rows, rows, dtype),
+        "write_numpy": lambda: write_memmap(bare, num_rows, rows, dtype),
+        "write_bytes": lambda: write_memmap(bare, num_rows, ready, dtype),
+        "read": lambda: read_store(ours),
+        "read_numpy": lambda: read_memmap(bare, num_rows, dim, dtype, "float32"),
+        "read_bytes": lambda: read_memmap(bare, num_rows, dim, dtype, dtype),
+        "verify": lambda: RowStore.open(str(ours)).verify(),
+    }
+    times: dict[str, list[Times]] = {name: [] for name in calls}
     for _ in range(rounds):
-        shutil.rmtree(ours, ignore_errors=True)
-        bare.unlink(missing_ok=True)
-        times["write"].append(both_seconds(lambda: write_store(ours, num_rows, rows)))
-        times["memmap_write"].append(both_seconds(lambda: write_memmap(bare, num_rows, rows)))
-        times["read"].append(both_seconds(lambda: read_store(ours)))
-        times["memmap_read"].append(both_seconds(lambda: read_memmap(bare, num_rows, dim)))
-        times["verify"].append(both_seconds(lambda: RowStore.open(str(ours)).verify()))
-    megabytes = num_rows * dim * 2 / 1e6
-    return {
+        for name, call in calls.items():
+            if name.startswith("write"):
+                shutil.rmtree(ours, ignore_errors=True) if name == "write" else bare.unlink(missing_ok=True)
+            times[name].append(seconds(call))
+    megabytes = num_rows * dim * np.dtype(dtype).itemsize / 1e6
+    speed = {
         clock: {name: round(megabytes / statistics.median(pair[k] for pair in pairs)) for name, pairs in times.items()}
-        for k, clock in enumerate(("wall", "cpu"))
+        for k, clock in enumerate(CLOCKS)
     }
+    ratio = {
+        f"{name}_{limit}": {clock: ratio_of(times[f"{name}_{limit}"], times[name], k) for k, clock in enumerate(CLOCKS)}
+        for name in ("write", "read")
+        for limit in ("numpy", "bytes")
+    }
+    return {"mb_per_second": speed, "ratio_to_memmap": ratio}
 
 
-def commits(folder: Path, dim: int, rounds: int) -> dict[str, float]:
-    """Return CPU milliseconds of one shard: the whole write, the checksum of its bytes, and its record on disk."""
-    rows = stream(0, "benchmark", "store").standard_normal((SHARD_SIZE, 1, dim)).astype(np.float32)
-    stored, path = quantize(rows, "float16")[0], folder / "commits.zarr"
-    store = RowStore.create(str(path), manifest(SHARD_SIZE * rounds, dim))
+def ratio_of(bare: list[Times], ours: list[Times], clock: int) -> float:
+    """Return the median over rounds of the memmap's time over ours."""
+    return round(statistics.median(old[clock] / new[clock] for old, new in zip(bare, ours, strict=True)), 2)
+
+
+def steps(folder: Path, dim: int, rounds: int, dtype: str) -> dict[str, dict[str, float]]:
+    """Return CPU milliseconds of the steps of one shard; `rest` is what the whole takes beyond them."""
+    rows, path = shard_of(dim), str(folder / "steps.zarr")
+    store = RowStore.create(path, manifest(SHARD_SIZE * rounds, dim, dtype))
     scalars = {"norm": rows[:, 0, 0]}
-    calls: dict[str, Callable[[int], object]] = {
-        "write_shard": lambda k: store.write_shard(k, rows, scalars),
+    of, stored = store.manifest.rows_layout, quantize(rows, store.manifest.dtype)[0]
+    parts, file, small = of.encode(stored), f"{path}/rows/x", f"{path}/columns/x"
+    data = np.concatenate(parts)
+    record = f"{path}/commits/x"
+    writes: dict[str, Callable[[int], object]] = {
+        "whole": lambda k: store.write_shard(k, rows, scalars),
+        "quantise": lambda _: quantize(rows, store.manifest.dtype),
+        "crc32c": lambda _: of.encode(stored),
         "checksum": lambda _: checksum(stored),
-        "record": lambda k: atomic_write(f"{path}/commits/{k}.partial", b"{}"),
+        "files": lambda _: (storage.write_parts(file, parts), storage.write_parts(small, parts[-1:])),
+        "to_disk": lambda _: (storage.sync_file(file), storage.sync_file(small)),
+        "record": lambda k: storage.create_empty(f"{record}{k}"),
     }
-    return {
-        name: round(1e3 * statistics.median(both_seconds(lambda k=k, call=call: call(k))[1] for k in range(rounds)), 2)  # type: ignore[misc]
-        for name, call in calls.items()
+    reads: dict[str, Callable[[int], object]] = {
+        "whole": lambda k: store.read(*store.shard_range(k)),
+        "file": lambda _: storage.read_array(file),
+        "crc32c": lambda _: list(of.decode(data, 0, SHARD_SIZE, True)),
     }
+    found = {}
+    for name, calls in (("write", writes), ("read", reads)):
+        times: dict[str, list[float]] = {step: [] for step in calls}
+        for k in range(rounds):
+            for step, call in calls.items():
+                times[step].append(seconds(lambda k=k, call=call: call(k))[1])  # type: ignore[misc]
+        medians = {step: 1e3 * statistics.median(values) for step, values in times.items()}
+        medians["rest"] = 2 * medians["whole"] - sum(medians.values())
+        found[name] = {step: round(value, 2) for step, value in medians.items()}
+    return found
 
 
-def many_shards(folder: Path, num_shards: int, rounds: int) -> dict[str, float]:
-    """Return milliseconds of the calls that list or read every commit record."""
+def drop_caches() -> bool:
+    """Empty the page cache, where this process may."""
+    os.sync()
+    try:
+        CACHES.write_text("3")
+    except OSError:
+        return False
+    return True
+
+
+def many_shards(folder: Path, num_shards: int, rounds: int) -> dict[str, Any]:
+    """Return milliseconds of the calls that list the commit records, with a warm and with a cold cache."""
     path = str(folder / "many.zarr")
-    RowStore.create(path, manifest(num_shards, 8, shard_size=1))
+    RowStore.create(path, manifest(num_shards, 8, "int8", shard_size=1))
+    Path(path, "commits").mkdir(exist_ok=True)
     for shard in range(num_shards):
-        record = {"shard": shard, "rows": 1, "checksum": "0" * 64}
-        place = Path(record_path(path, shard))
-        place.parent.mkdir(exist_ok=True)
-        place.write_text(json.dumps(record) + "\n")
+        Path(record_path(path, shard, f"{shard:032x}")).touch()
     calls: dict[str, Callable[[], object]] = {
         "open": lambda: RowStore.open(path).require_complete(),
         "digest": lambda: RowStore.open(path).digest(),
     }
-    times = {name: [both_seconds(call) for _ in range(rounds)] for name, call in calls.items()}
+    times: dict[str, list[Times]] = {}
+    for call in calls.values():  # imports and the like
+        call()
+    for name, call in calls.items():
+        times[f"{name}_warm"] = [seconds(call) for _ in range(rounds)]
+        if drop_caches():
+            times[f"{name}_cold"] = [seconds(call) for _ in range(2) if drop_caches()]
     return {
         f"{name}_{clock}": round(1e3 * statistics.median(pair[k] for pair in pairs), 1)
         for name, pairs in times.items()
-        for k, clock in enumerate(("wall", "cpu"))
+        for k, clock in enumerate(CLOCKS)
     }
 
 
-def compression(dim: int) -> dict[str, float]:
-    """Return what zstd does to a shard of float16 rows: bytes kept, and MB/s against a copy."""
-    rows = stream(0, "benchmark", "zstd").standard_normal((SHARD_SIZE, 1, dim)).astype(np.float32)
-    stored, _ = quantize(rows, "float16")
+def compression(dim: int, dtype: Any) -> dict[str, float]:
+    """Return what zstd does to a shard of rows: bytes kept, and MB a second of CPU time."""
+    stored, _ = quantize(shard_of(dim), dtype)
     codec = Zstd(level=1)
     packed = codec.encode(stored)
     megabytes = stored.nbytes / 1e6
     return {
         "kept": round(len(packed) / stored.nbytes, 3),
-        "encode_mb_s": round(megabytes / seconds(lambda: codec.encode(stored))),
-        "decode_mb_s": round(megabytes / seconds(lambda: codec.decode(packed))),
+        "encode_mb_s": round(megabytes / seconds(lambda: codec.encode(stored))[1]),
+        "decode_mb_s": round(megabytes / seconds(lambda: codec.decode(packed))[1]),
     }
-
-
-def table(result: dict[str, Any]) -> str:
-    """Render bandwidths and their ratio to the memmap's."""
-    lines = [
-        "| | MB/s of wall time | MB/s of CPU time | of the memmap, wall | of the memmap, CPU |",
-        "|---|---|---|---|---|",
-    ]
-    wall, cpu = result["mb_per_second"]["wall"], result["mb_per_second"]["cpu"]
-    for name in wall:
-        limit = name if name.startswith("memmap") else {"write": "memmap_write"}.get(name, "memmap_read")
-        lines.append(
-            f"| {name.replace('_', ', ')} | {wall[name]:,} | {cpu[name]:,} | {wall[name] / wall[limit]:.2f} "
-            f"| {cpu[name] / cpu[limit]:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Run the benchmark and write its JSON, a part at a time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dim", type=int, default=4096)
-    parser.add_argument("--rows", type=int, default=16384)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--shards", type=int, default=100_000)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()
     for part in arguments.parts:
+        load = round(os.getloadavg()[0], 1)
         with tempfile.TemporaryDirectory() as name:
             found = PARTS[part](Path(name), arguments)
         known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        load = {**known.get("load_before", {}), part: round(os.getloadavg()[0], 1)}
-        RESULT.write_text(json.dumps({**known, **found, "load_before": load}, indent=2) + "\n")
+        loads = {**known.get("load_before", {}), part: load}
+        RESULT.write_text(json.dumps({**known, **found, "load_before": loads}, indent=2) + "\n")
     print(RESULT.read_text())
+
+
+def each(part: Callable[[Path, str], Any], folder: Path) -> dict[str, Any]:
+    """Run a part for every dtype, each in a folder of its own."""
+    folders = {dtype: folder / dtype for dtype in DTYPES}
+    for one in folders.values():
+        one.mkdir()
+    return {dtype: part(one, dtype) for dtype, one in folders.items()}
 
 
 PARTS: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
     "bandwidth": lambda folder, asked: {
         "dim": asked.dim,
         "rows": asked.rows,
-        "mb_per_second": bandwidth(folder, asked.rows, asked.dim, asked.rounds),
+        "bandwidth": each(lambda one, dtype: bandwidth(one, asked.rows, asked.dim, asked.rounds, dtype), folder),
     },
-    "commit": lambda folder, asked: {"commit_cpu_milliseconds": commits(folder, asked.dim, 20)},
+    "shard": lambda folder, asked: {
+        "shard_cpu_milliseconds": each(lambda one, dtype: steps(one, asked.dim, 20, dtype), folder)
+    },
     "shards": lambda folder, asked: {
         "shards": asked.shards,
         "milliseconds": many_shards(folder, asked.shards, asked.rounds),
     },
-    "zstd": lambda _, asked: {"zstd": compression(asked.dim)},
+    "zstd": lambda folder, asked: {"zstd": each(lambda _, dtype: compression(asked.dim, dtype), folder)},
 }
 
 

@@ -5,14 +5,16 @@ Two stores mix only when their manifests agree in everything but `info`. The mod
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from llmattrib.errors import StoreError
+from llmattrib.shards import ShardLayout
 
-SCHEMA = 1
+SCHEMA = 2
 CHUNK_ROWS = 64
 SCALE = "scale"
 """Name of the column that a store keeps for itself."""
@@ -57,6 +59,17 @@ class Manifest:
         return next(rows for rows in range(min(CHUNK_ROWS, self.shard_size), 0, -1) if self.shard_size % rows == 0)
 
     @property
+    def rows_layout(self) -> ShardLayout:
+        """How rows lie in files."""
+        dtype = np.dtype(self.dtype).newbyteorder("<")
+        return ShardLayout((self.num_outputs, self.dim), dtype, self.shard_size, self.chunk_rows, math.nan)
+
+    @property
+    def columns_layout(self) -> ShardLayout:
+        """How columns lie in files."""
+        return ShardLayout((1 + len(self.columns),), np.dtype("<f4"), self.shard_size, None, math.nan)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all rows and columns on disk, without the few of chunk indexes and records."""
         per_row = self.num_outputs * self.dim * np.dtype(self.dtype).itemsize + 4 * (1 + len(self.columns))
@@ -64,10 +77,10 @@ class Manifest:
         return num_shards * self.shard_size * per_row  # the last shard is padded
 
     def check_rows(self, path: str, start: int, stop: int, rows: np.ndarray, scalars: Mapping[str, np.ndarray]) -> None:
-        """Refuse rows [start, stop) that do not fit: not float32, of another shape or with other columns, not finite.
+        """Refuse rows [start, stop) that do not fit: not float32, of another shape, with other columns.
 
         Raises:
-            StoreError: names `path` and the shard or the row.
+            StoreError: names `path` and the shard.
         """
         place, shape = f"shard {start // self.shard_size} of {path}", (stop - start, self.num_outputs, self.dim)
         if rows.shape != shape or rows.dtype != np.float32:
@@ -77,9 +90,6 @@ class Manifest:
                 f"{place} got columns { ({key: len(values) for key, values in scalars.items()}) }",
                 expected=f"{shape[0]} values for each of {list(self.columns)}",
             )
-        finite = np.isfinite(rows).all(axis=(1, 2))
-        if not finite.all():
-            raise StoreError(f"row {start + int(np.argmin(finite))} of {path} is not finite", expected="finite numbers")
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as it is stored."""

@@ -368,8 +368,9 @@ def watch(layout: RunLayout) -> Progress:
     return Progress(store.num_shards, len(done), rate, left, since, rows)
 
 
-def _committed_at(path: str, shards: Sequence[int]) -> list[tuple[float, int]]:
+def _committed_at(path: str, shards: Mapping[int, str]) -> list[tuple[float, int]]:
     """Return when shards were committed, in seconds since 1970; nothing for a store that is not on a local disk."""
     if storage.local_path(path) is None:
         return []
-    return [(Path(record_path(path, shard).removeprefix("file://")).stat().st_mtime, shard) for shard in shards]
+    records = {shard: record_path(path, shard, checksum) for shard, checksum in shards.items()}
+    return [(Path(record.removeprefix("file://")).stat().st_mtime, shard) for shard, record in records.items()]

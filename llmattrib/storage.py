@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
+from jaxtyping import UInt8
 
 from llmattrib.errors import DiskSpaceError, StoreAccessError, first_line
 
@@ -116,6 +118,35 @@ def atomic_write(path: str, data: bytes) -> None:
         _sync_folder(target.parent)
 
 
+def write_parts(path: str, parts: Sequence[Any]) -> None:
+    """Write a file of several buffers, in place of one that is there; `sync_file` then forces it to disk.
+
+    Locally a crash may leave a part of it.
+    """
+    with named_errors(path):
+        target = local_path(path)
+        if target is None:
+            filesystem, inner = remote(path)
+            filesystem.pipe_file(inner, b"".join(parts))
+            return
+        target.unlink(missing_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            file.writelines(parts)
+
+
+def create_empty(path: str) -> None:
+    """Make an empty file, in one step; a missing parent folder is made."""
+    with named_errors(path):
+        target = local_path(path)
+        if target is None:
+            filesystem, inner = remote(path)
+            filesystem.pipe_file(inner, b"")
+            return
+        target.parent.mkdir(exist_ok=True)
+        target.touch()
+
+
 def sync_file(path: str) -> None:
     """Force a local file and its folder entry to disk; an object store has done so when its put returned."""
     target = local_path(path)
@@ -164,15 +195,30 @@ def read_bytes(path: str) -> bytes:
         return bytes(filesystem.cat_file(inner))
 
 
-def read_folder(folder: str, names: Sequence[str]) -> list[bytes]:
-    """Read the files `names` of one folder, concurrently where the file system allows it."""
-    target = local_path(folder)
-    if target is not None:
-        return [(target / name).read_bytes() for name in names]
-    filesystem, inner = remote(folder)
-    paths = [f"{inner}/{name}" for name in names]
-    contents = filesystem.cat(paths) if paths else {}
-    return [bytes(contents[path]) for path in paths]
+def read_array(path: str, start: int = 0, stop: int | None = None) -> UInt8[np.ndarray, " b"]:
+    """Read bytes [start, stop) of a file, by default all; fewer where it ends before.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is none.
+        StoreAccessError: it cannot be read.
+    """
+    with named_errors(path, but=ABSENT):
+        target = local_path(path)
+        if target is not None:
+            return np.fromfile(target, np.uint8, -1 if stop is None else stop - start, offset=start)
+        filesystem, inner = remote(path)
+        return np.frombuffer(filesystem.cat_file(inner, start=start, end=stop), np.uint8)
+
+
+def read_arrays(paths: Sequence[str]) -> list[UInt8[np.ndarray, " b"]]:
+    """Read whole files, concurrently where the file system allows it; the errors are those of `read_array`."""
+    if not paths or local_path(paths[0]) is not None:
+        return [read_array(path) for path in paths]
+    with named_errors(paths[0], but=ABSENT):
+        filesystem = remote(paths[0])[0]
+        inner = [remote(path)[1] for path in paths]
+        contents = filesystem.cat(inner)
+        return [np.frombuffer(contents[path], np.uint8) for path in inner]
 
 
 def checksum(path: str) -> str:

@@ -2,10 +2,10 @@
 
     features.zarr/
       zarr.json            group; its attributes hold the manifest
-      rows/                [n, c, p] float16 or float32: one file a shard, inner chunks of at most 64 rows, crc32c
-      columns/             [n, 1 + k] float32: the row's scale, then the scalar columns; one file a shard, crc32c
+      rows/c.<shard>.0.0   [n, c, p] float16 or float32: one file a shard, inner chunks of at most 64 rows, crc32c
+      columns/c.<shard>.0  [n, 1 + k] float32: the row's scale, then the scalar columns; one file a shard, crc32c
       vectors/<name>/      [c, p] float32, written whole
-      commits/<shard>.json {"shard", "rows", "checksum"}: the shard is finished
+      commits/<shard>-<checksum>  empty: the shard is finished
 
 A shard is a fixed run of rows with one writer, so rows need no lock. Its record is created, in one step, after its
 data is on disk: what has no record is not there, and is written again. Neither time, host nor rank is stored, so the
@@ -15,8 +15,9 @@ Nothing is compressed: zstd saves 8 % of a float16 sketch, or 15 % at 0.1 GB/s.
 
 Rows are added at the end alone (`extend`): full shards stay as they are, a last one that was not full is written again.
 
-Limits: random access reads an inner chunk (about 64 rows). To open a store reads its manifest and one listing of
-commits/. This module alone imports zarr. Source: Zarr v3 core specification, sharding_indexed and crc32c codecs.
+Limits: random access reads an inner chunk (about 64 rows). To open a store, and its digest, read its manifest and one
+listing of commits/. Shards are made and read by `shards.py`, all else by zarr (`groups.py`).
+Source: Zarr v3 core specification, sharding_indexed and crc32c codecs.
 """
 
 import dataclasses
@@ -24,16 +25,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import zarr
 from jaxtyping import Float
-from zarr.codecs import Crc32cCodec
-from zarr.storage import FsspecStore, LocalStore
 
 from llmattrib import storage
-from llmattrib.commits import Problem, commit, committed, record_path, vouches
+from llmattrib.commits import Problem, checksum, commit, committed, record_path
 from llmattrib.errors import (
     CorruptShardError,
     FingerprintMismatchError,
@@ -42,6 +40,7 @@ from llmattrib.errors import (
     StoreError,
     StoreNotFoundError,
 )
+from llmattrib.groups import REMAKE, Array, make_array, open_array, open_group, read_attributes, shard_file
 from llmattrib.manifest import SCALE, SCHEMA, Manifest, differing
 from llmattrib.quantize import quantize
 
@@ -49,28 +48,6 @@ __all__ = ["Manifest", "RowStore", "quantize"]
 
 _KEY = "llmattrib"
 _REOPENED = "reopened"  # in `info`, while a store is extended: the shard whose commit record no longer counts
-Shape = tuple[int, ...]
-REMAKE = "delete the store and run the stage that made it again"
-
-
-def _zarr_store(path: str, read_only: bool) -> LocalStore | FsspecStore:
-    local = storage.local_path(path)
-    return LocalStore(local, read_only=read_only) if local else FsspecStore.from_url(path, read_only=read_only)
-
-
-def open_group(path: str, mode: Literal["r", "r+", "a"]) -> zarr.Group:
-    """Open a group; naming the format and refusing consolidated metadata saves the look-ups of older layouts."""
-    return zarr.open_group(_zarr_store(path, mode == "r"), mode=mode, zarr_format=3, use_consolidated=False)
-
-
-def read_attributes(path: str) -> dict[str, Any] | None:
-    """Return the attributes of the group at `path`, or None when there is no group."""
-    try:
-        return dict(json.loads(storage.read_bytes(f"{path}/zarr.json")).get("attributes", {}))
-    except storage.ABSENT:
-        return None
-    except ValueError as error:
-        raise StoreError(f"{path}/zarr.json is not JSON", fix=REMAKE) from error
 
 
 class RowStore:
@@ -78,7 +55,8 @@ class RowStore:
 
     def __init__(self, path: str, manifest: Manifest, read_only: bool) -> None:
         self.path, self.manifest, self._read_only = path, manifest, read_only
-        self._committed: set[int] = set()
+        self._committed: dict[int, str] = {}
+        self._layouts = {"rows": manifest.rows_layout, "columns": manifest.columns_layout}
         self._group = open_group(path, "r" if read_only else "r+")
         self._rows, self._columns = self._array("rows"), self._array("columns")
         self.refresh()
@@ -164,7 +142,9 @@ class RowStore:
         self._resize(self.manifest.num_rows)
         info = dict(self.manifest.info)
         if _REOPENED in info:
-            storage.remove(record_path(self.path, info.pop(_REOPENED)))
+            shard = info.pop(_REOPENED)
+            if checksum := committed(self.path).get(shard):
+                storage.remove(record_path(self.path, shard, checksum))
             self._save(dataclasses.replace(self.manifest, info=info))
 
     def _resize(self, num_rows: int) -> None:
@@ -178,13 +158,8 @@ class RowStore:
             self._group.attrs.update({_KEY: manifest.to_json()})
         self.manifest = manifest
 
-    def _array(self, name: str) -> zarr.Array[Any]:
-        try:
-            array = self._group[name]
-        except (KeyError, ValueError, TypeError) as error:
-            raise StoreError(f"{self.path} has no {name} that can be read", fix=REMAKE) from error
-        assert isinstance(array, zarr.Array)
-        return array.with_config({"write_empty_chunks": True})
+    def _array(self, name: str) -> Array:
+        return open_array(self._group, self.path, name)
 
     @property
     def num_shards(self) -> int:
@@ -198,7 +173,13 @@ class RowStore:
 
     def refresh(self) -> None:
         """List the commit records again: one listing, no file is read."""
-        self._committed = {*committed(self.path)} - {self.manifest.info.get(_REOPENED)}
+        self._committed = committed(self.path)
+        self._committed.pop(self.manifest.info.get(_REOPENED, -1), None)
+
+    def record(self, shard: int) -> str | None:
+        """Return the path of the commit record of a shard, None when it had none at the last listing."""
+        checksum = self._committed.get(shard)
+        return None if checksum is None else record_path(self.path, shard, checksum)
 
     def pending(self) -> list[int]:
         """Return the shards without a commit record, in order, as of now."""
@@ -243,17 +224,16 @@ class RowStore:
         start, stop = self.shard_range(shard)
         self.manifest.check_rows(self.path, start, stop, rows, scalars)
         stored, scale = quantize(rows, self.manifest.dtype)
+        if not (finite := np.isfinite(scale)).all():
+            row = start + int(np.argmin(finite))
+            raise StoreError(f"row {row} of {self.path} is not finite", expected="finite numbers")
         columns = np.stack([scale, *(scalars[name] for name in self.manifest.columns)], axis=1).astype("<f4")
-        files = f"{self.path}/rows/c/{shard}", f"{self.path}/columns/c/{shard}"
-        for folder in files:
-            storage.remove(folder)
-        with storage.named_errors(self.path):
-            self._rows[start:stop] = stored
-            self._columns[start:stop] = columns
-        storage.sync_file(f"{files[0]}/0/0")
-        storage.sync_file(f"{files[1]}/0")
-        commit(self.path, shard, stored, columns)
-        self._committed.add(shard)
+        parts = {"rows": stored, "columns": columns}
+        for name, part in parts.items():
+            storage.write_parts(self._file(name, shard), self._layouts[name].encode(part))
+        for name in parts:
+            storage.sync_file(self._file(name, shard))
+        self._committed[shard] = commit(self.path, shard, stored, columns)
 
     def _check_writable(self, shard: int) -> None:
         if self._read_only:
@@ -262,22 +242,44 @@ class RowStore:
             raise StoreError(f"shard {shard} of {self.path} is committed already", expected="a pending shard")
 
     def _corrupt(self, shard: int, what: str) -> CorruptShardError:
+        record = self.record(shard)
         return CorruptShardError(
             f"shard {shard} of {self.path} (rows {'-'.join(map(str, self.shard_range(shard)))}) {what}",
             expected="the data its commit record vouches for",
-            fix=f"delete {record_path(self.path, shard)} and run its stage again: only this shard is computed",
+            fix=f"{f'delete {record} and ' if record else ''}run its stage again: only this shard is computed",
         )
 
-    def _decode(self, array: zarr.Array[Any], shard: int, start: int, stop: int) -> np.ndarray:
-        """Read rows of one shard as stored; zarr checks the crc32c of every inner chunk."""
+    def _file(self, name: str, shard: int) -> str:
+        return shard_file(f"{self.path}/{name}", shard, 1 + len(self._layouts[name].shape))
+
+    def _files(self, name: str, shards: Sequence[int]) -> Sequence[np.ndarray | None]:
+        """Read the files of shards at once; None for each where one is missing, which `_parts` then names."""
         try:
-            with storage.named_errors(self.path):
-                part = np.asarray(array[start:stop])
-        except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-            raise self._corrupt(shard, f"cannot be decoded ({array.basename}: {error})") from error
-        if np.isnan(part.reshape(len(part), -1)[:, 0]).any():  # the fill value: no finite row holds it
-            raise self._corrupt(shard, f"has no data on disk ({array.basename})")
-        return part
+            return storage.read_arrays([self._file(name, shard) for shard in shards])
+        except storage.ABSENT:
+            return [None] * len(shards)
+
+    def _parts(
+        self, name: str, shard: int, start: int, stop: int, data: np.ndarray | None = None
+    ) -> Iterator[np.ndarray]:
+        """Yield rows [start, stop) of one shard as stored, a chunk at a time; the crc32c of every one is checked.
+
+        `data` is the file where it was read already.
+        """
+        layout, (begin, end) = self._layouts[name], self.shard_range(shard)
+        is_file = data is not None or (start == begin and stop == end)
+        try:
+            if data is None:
+                span = (0, None) if is_file else layout.span(start - begin, stop - begin)
+                data = storage.read_array(self._file(name, shard), *span)
+            for part in layout.decode(data, start - begin, stop - begin, is_file):
+                if np.isnan(part.reshape(len(part), -1)[:, 0]).any():  # the fill value: no finite row holds it
+                    raise self._corrupt(shard, f"has no data on disk ({name})")
+                yield part
+        except storage.ABSENT as error:
+            raise self._corrupt(shard, f"has no data on disk ({name})") from error
+        except ValueError as error:
+            raise self._corrupt(shard, f"cannot be decoded ({name}: {error})") from error
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Split rows [start, stop) at shard boundaries into committed (shard, start, stop)."""
@@ -298,10 +300,15 @@ class RowStore:
         """
         out = np.empty((stop - start, self.manifest.num_outputs, self.manifest.dim), np.float32)
         for shard, first, last in self._pieces(start, stop):
-            part = out[first - start : last - start]
-            part[:] = self._decode(self._rows, shard, first, last)
+            place, scale = first - start, None
             if self.manifest.dtype == "float16":
-                part *= self._decode(self._columns, shard, first, last)[:, :1, None]
+                scale = np.concatenate([part[:, :1, None] for part in self._parts("columns", shard, first, last)])
+            for part in self._parts("rows", shard, first, last):
+                rows = out[place : place + len(part)]
+                rows[:] = part
+                if scale is not None:
+                    rows *= scale[place + start - first :][: len(part)]
+                place += len(part)
         return out
 
     def blocks(self, shards: Sequence[int] | None = None) -> Iterator[tuple[int, Float[np.ndarray, "m c p"]]]:
@@ -332,14 +339,13 @@ class RowStore:
         known = (SCALE, *self.manifest.columns)
         if missing := sorted({*names} - {*known}):
             raise StoreError(f"{self.path} has no column {missing[0]!r}", expected=f"one of {', '.join(known)}")
-        pieces = list(self._pieces(start, self.manifest.num_rows if stop is None else stop))
-        try:  # all files at once; one by one only to find the bad one
-            with storage.named_errors(self.path):
-                whole = np.asarray(self._columns[start:stop])
-        except ValueError:
-            whole = np.full((1, len(known)), np.nan, np.float32)
-        if np.isnan(whole[:, 0]).any():
-            whole = np.concatenate([self._decode(self._columns, *piece) for piece in pieces])
+        stop = self.manifest.num_rows if stop is None else stop
+        pieces = list(self._pieces(start, stop))
+        files = self._files("columns", [shard for shard, _, _ in pieces])
+        parts = [
+            part for piece, file in zip(pieces, files, strict=True) for part in self._parts("columns", *piece, file)
+        ]
+        whole = np.concatenate([np.empty((0, len(known)), np.float32), *parts])
         return whole[:, [known.index(name) for name in names]]
 
     def write_vector(self, name: str, vector: Float[np.ndarray, "c p"]) -> None:
@@ -376,26 +382,22 @@ class RowStore:
         """Add keys to the manifest's `info`, in one atomic write; by one process."""
         self._save(dataclasses.replace(self.manifest, info={**self.manifest.info, **info}))
 
-    def _records(self) -> dict[int, bytes]:
-        self.refresh()
-        names = {shard: f"{shard:06d}.json" for shard in sorted(self._committed)}
-        with storage.named_errors(self.path):
-            return dict(zip(names, storage.read_folder(f"{self.path}/commits", [*names.values()]), strict=True))
-
     def digest(self) -> str:
-        """Return a hash of the settings and of all committed data, from the commit records alone."""
-        settings = json.dumps(self.manifest.compared(), sort_keys=True).encode()
-        return hashlib.sha256(settings + b"".join(self._records().values())).hexdigest()[:32]
+        """Return a hash of the settings and of all committed data, from the names of the commit records alone."""
+        self.refresh()
+        tree = {**self.manifest.compared(), "checksums": self._committed}
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:32]
 
     def verify(self) -> list[Problem]:
         """Read everything, compare it with the checksums of the commit records, and look for rows not finite.
 
         Raises `StoreAccessError` where something cannot be read: it may be sound.
         """
-        records = self._records()
+        self.refresh()
+        records = self._committed
         problems = [Problem(shard, "is not committed") for shard in range(self.num_shards) if shard not in records]
-        for shard, data in records.items():
-            problems += [Problem(shard, what) for what in self._verify_shard(shard, data)]
+        for shard in records:
+            problems += [Problem(shard, what) for what in self._verify_shard(shard)]
         for name in sorted({*storage.list_names(f"{self.path}/vectors")} - {"zarr.json"}):
             try:
                 self.read_vector(name)
@@ -405,46 +407,27 @@ class RowStore:
                 problems.append(Problem(-1, error.found))
         return sorted(problems)
 
-    def _verify_shard(self, shard: int, data: bytes) -> Sequence[str]:
+    def _verify_shard(self, shard: int) -> Sequence[str]:
         if shard >= self.num_shards:
             return ["has a commit record but lies beyond the last shard"]
         start, stop = self.shard_range(shard)
         try:
-            rows = self._decode(self._rows, shard, start, stop)
-            columns = self._decode(self._columns, shard, start, stop)
-            if not vouches(data, shard, rows, columns):
-                return ["does not match the checksum of its commit record"]
-        except ValueError:
-            return ["has a commit record that is not JSON"]
+            rows, columns = (list(self._parts(name, shard, start, stop)) for name in ("rows", "columns"))
         except CorruptShardError as error:
             return [error.found]
-        finite = np.isfinite(rows).all(axis=(1, 2)) & np.isfinite(columns[:, 0])
+        if checksum(*rows, *columns) != self._committed[shard]:
+            return ["does not match the checksum of its commit record"]
+        finite = np.isfinite(np.concatenate(rows)).all(axis=(1, 2)) & np.isfinite(columns[0][:, 0])
         return [] if finite.all() else [f"holds row {start + int(np.argmin(finite))}, which is not finite"]
-
-
-def make_array(
-    path: str, name: str, shape: Shape, chunks: Shape, dtype: str, shards: Shape | None = None
-) -> zarr.Array[Any]:
-    """Make an empty array, in place of one that is there; floats start as NaN, which marks what was never written."""
-    return zarr.create_array(
-        _zarr_store(path, read_only=False),
-        name=name,
-        shape=shape,
-        dtype=dtype,
-        chunks=chunks,
-        shards=shards,
-        compressors=[Crc32cCodec()],
-        fill_value=float("nan") if np.dtype(dtype).kind == "f" else 0,
-        overwrite=True,
-        config={"write_empty_chunks": True},
-    )
 
 
 def _make(path: str, manifest: Manifest) -> None:
     """Lay out an empty store; the manifest comes last, so a killed creation is no store."""
-    n, size, width = manifest.num_rows, manifest.shard_size, 1 + len(manifest.columns)
-    inner = manifest.num_outputs, manifest.dim
+    n = manifest.num_rows
     group = open_group(path, "a")
-    make_array(path, "rows", (n, *inner), (manifest.chunk_rows, *inner), manifest.dtype, (size, *inner))
-    make_array(path, "columns", (n, width), (size, width), "float32")
+    for name, of in (("rows", manifest.rows_layout), ("columns", manifest.columns_layout)):
+        chunks = (of.chunk_rows or of.shard_rows, *of.shape)
+        make_array(
+            path, name, (n, *of.shape), chunks, of.dtype.name, (of.shard_rows, *of.shape) if of.chunk_rows else None
+        )
     group.attrs.update({_KEY: manifest.to_json()})

@@ -3,7 +3,7 @@
     <name>.zarr/
       zarr.json            group; its attributes hold the manifest
       <column>/            [rows, *shape], one file a shard, crc32c
-      commits/<shard>.json {"shard", "rows", "checksum"}: the shard is finished
+      commits/<shard>-<checksum>  empty: the shard is finished
 
 The protocol is that of the row store (`store.py`): one writer a shard, data on disk before its record, nothing of time,
 host or rank in the bytes. What differs: `extend` adds shards at any time, the columns are what the caller says, and
@@ -16,17 +16,17 @@ Limits: reads are of everything that is committed; a shard is held in memory. On
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from llmattrib import storage
-from llmattrib.commits import Problem, commit, committed, record_path, vouches
+from llmattrib.commits import Problem, checksum, commit, committed, record_path
 from llmattrib.errors import CorruptShardError, FingerprintMismatchError, StoreError, StoreNotFoundError
+from llmattrib.groups import make_array, open_array, open_group, read_attributes, shard_file
 from llmattrib.manifest import differing
-from llmattrib.store import make_array, open_group, read_attributes
 
-SCHEMA = 1
+SCHEMA = 2
 _KEY = "llmattrib_table"
 
 
@@ -155,17 +155,22 @@ class TableStore:
         rows = manifest.num_shards * manifest.shard_size
         with storage.named_errors(self.path):
             for name, (_, shape) in manifest.columns.items():
-                self._array(name).resize((rows, *shape))
+                open_array(self._group, self.path, name).resize((rows, *shape))
             self._group.attrs.update({_KEY: manifest.to_json()})
         self.manifest = manifest
 
     def committed(self) -> list[int]:
         """Return the shards that are finished, in order, as of now."""
-        return committed(self.path)
+        return list(committed(self.path))
+
+    def record(self, shard: int) -> str | None:
+        """Return the path of the commit record of a shard, None when it has none as of now."""
+        found = committed(self.path).get(shard)
+        return None if found is None else record_path(self.path, shard, found)
 
     def pending(self) -> list[int]:
         """Return the planned shards that are not finished, in order, as of now."""
-        done = set(self.committed())
+        done = committed(self.path)
         return [shard for shard in range(self.manifest.num_shards) if shard not in done]
 
     def segment(self, shard: int) -> tuple[Mapping[str, Any], int]:
@@ -207,10 +212,11 @@ class TableStore:
                 found = f"column {name} of {self.path} is not finite in row {shard * size + row}"
                 raise StoreError(found, expected="finite numbers")
         for name, (_, shape) in wanted.items():
-            storage.remove(f"{self.path}/{name}/c/{shard}")
+            file = shard_file(f"{self.path}/{name}", shard, len(shape))
+            storage.remove(file)
             with storage.named_errors(self.path):
-                self._array(name)[shard * size : (shard + 1) * size] = columns[name]
-            storage.sync_file("/".join([f"{self.path}/{name}/c/{shard}", *("0" for _ in shape[1:])]))
+                open_array(self._group, self.path, name)[shard * size : (shard + 1) * size] = columns[name]
+            storage.sync_file(file)
         commit(self.path, shard, *(columns[name] for name in wanted))
 
     def read(self) -> tuple[list[int], dict[str, np.ndarray]]:
@@ -219,39 +225,36 @@ class TableStore:
         Raises:
             CorruptShardError: a shard is missing, fails its crc32c or the checksum of its record.
         """
-        shards = self.committed()
-        parts = [self.read_shard(shard) for shard in shards]
+        shards = committed(self.path)
+        parts = [self._read_shard(shard, found) for shard, found in shards.items()]
         empty = {name: np.empty((0, *shape), dtype) for name, (dtype, shape) in self.manifest.columns.items()}
-        return shards, {name: np.concatenate([none, *(part[name] for part in parts)]) for name, none in empty.items()}
+        return list(shards), {
+            name: np.concatenate([none, *(part[name] for part in parts)]) for name, none in empty.items()
+        }
 
-    def read_shard(self, shard: int) -> dict[str, np.ndarray]:
-        """Return the columns of one committed shard.
-
-        Raises:
-            CorruptShardError: it is missing, fails its crc32c or the checksum of its record.
-        """
+    def _read_shard(self, shard: int, found: str) -> dict[str, np.ndarray]:
         size = self.manifest.shard_size
         rows = slice(shard * size, (shard + 1) * size)
         try:
             with storage.named_errors(self.path):
-                record = storage.read_bytes(record_path(self.path, shard))
-                columns = {name: np.asarray(self._array(name)[rows]) for name in self.manifest.columns}
-            is_good = vouches(record, shard, *columns.values())
+                columns = {
+                    name: np.asarray(open_array(self._group, self.path, name)[rows]) for name in self.manifest.columns
+                }
         except ValueError as error:
             raise self._corrupt(shard, f"cannot be decoded ({error})") from error
-        if not is_good:
+        if checksum(*columns.values()) != found:
             raise self._corrupt(shard, "does not match the checksum of its commit record")
         return columns
 
     def verify(self) -> list[Problem]:
         """Read everything, compare it with the checksums of the commit records, and look for numbers not finite."""
         problems = [Problem(shard, "is not committed") for shard in self.pending()]
-        for shard in self.committed():
+        for shard, found in committed(self.path).items():
             if shard >= self.manifest.num_shards:
                 problems.append(Problem(shard, "has a commit record but lies beyond the last shard"))
                 continue
             try:
-                columns = self.read_shard(shard)
+                columns = self._read_shard(shard, found)
             except CorruptShardError as error:
                 problems.append(Problem(shard, error.found))
                 continue
@@ -260,14 +263,12 @@ class TableStore:
             problems += [Problem(shard, f"holds numbers in column {name} that are not finite") for name in bad]
         return sorted(problems)
 
-    def _array(self, name: str) -> Any:
-        return cast(Any, self._group[name]).with_config({"write_empty_chunks": True})  # a row of zeros is a row
-
     def _corrupt(self, shard: int, what: str) -> CorruptShardError:
+        record = self.record(shard)
         return CorruptShardError(
             f"shard {shard} of {self.path} {what}",
             expected="the data its commit record vouches for",
-            fix=f"delete {record_path(self.path, shard)} and fill the table again: only this shard is computed",
+            fix=f"{f'delete {record} and ' if record else ''}fill the table again: only this shard is computed",
         )
 
     def _check_writable(self) -> None:

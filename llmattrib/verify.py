@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmattrib import storage
-from llmattrib.commits import Problem, record_path
+from llmattrib.commits import Problem
 from llmattrib.config import RunConfig
 from llmattrib.data import data_fingerprint, read_examples
 from llmattrib.errors import DataError, StoreAccessError, StoreError, StoreNotFoundError
@@ -224,17 +224,15 @@ class _Checks:
                 runs.append((shard, shard, what))
         for first, last, what in runs:
             if first < 0:  # a vector: the writer of the last shard writes the vectors
-                last_record = record_path(store.path, -(-num_rows // size) - 1)
-                yield Finding(place, what, rerun, removable=(last_record,))
+                yield Finding(place, what, rerun, removable=_records(store, -(-num_rows // size) - 1))
                 continue
-            record = record_path(store.path, first)
+            records = _records(store, first)
             start, stop = first * size, min((last + 1) * size, num_rows)
             if start >= num_rows:
                 again = self.command("verify", "--repair")
-                yield Finding(place, what, again, (first, last), removable=(record,), is_leftover=True)
+                yield Finding(place, what, again, (first, last), removable=records, is_leftover=True)
                 continue
-            removable = () if what == UNCOMMITTED else (record,)
-            yield Finding(place, _without_place(what, store.path), rerun, (first, last), (start, stop), removable)
+            yield Finding(place, _without_place(what, store.path), rerun, (first, last), (start, stop), records)
 
     def words(self, digest: list[str]) -> Iterator[Finding]:
         """The word gradients; the digest of sound ones is put into `digest`."""
@@ -433,3 +431,8 @@ def _without_place(what: str, path: str) -> str:
     """Return the message about a shard of a store without the words that name both."""
     prefix, _, rest = what.partition(f" of {path} ")
     return rest.partition(") ")[2] if rest.startswith("(rows ") else rest or prefix
+
+
+def _records(store: RowStore | TableStore, shard: int) -> tuple[str, ...]:
+    record = store.record(shard)
+    return () if record is None else (record,)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from records import record
 from safetensors.torch import load_file, save_file
 from tiny import CONTEXT, tiny_adapter_dir, tiny_rows, tiny_run, tiny_tokenizer
 
@@ -167,7 +168,7 @@ def test_bytes_do_not_depend_on_where_it_was_stopped(run, tmp_path, monkeypatch)
 def test_a_stored_sketch_plan_is_kept(run, monkeypatch):
     build_features(run)
     monkeypatch.setattr(Extractor, "plan", lambda *_: pytest.fail("calibrated again"))
-    Path(run.layout.features, "commits/000001.json").unlink()
+    record(run.layout.features, 1).unlink()
     assert build_features(run).num_shards_done == 1
 
 

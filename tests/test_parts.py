@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from records import recorded
 from test_build import changed, contents
 from test_faults import STOPPED, Place, leftovers
 from tiny import tiny_rows, tiny_run
@@ -46,7 +47,7 @@ def place(zygote, base, tmp_path):
 
 
 def committed(config):
-    return {int(path.stem) for path in Path(config.layout.features, "commits").glob("[0-9]*.json")}
+    return recorded(config.layout.features)
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "2", "a/b", "1/4/2", "-1/4"])

@@ -57,7 +57,7 @@ def wait_for_commits(config, count, process, seconds=120):
     """Wait until `count` shards are committed."""
     records = Path(config.layout.features, "commits")
     deadline = time.monotonic() + seconds
-    while len(list(records.glob("[0-9]*.json"))) < count:
+    while len(list(records.glob("[0-9]*"))) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -76,10 +76,10 @@ def test_killed_and_run_again_gives_the_bytes_of_an_unbroken_run(run, whole, tmp
     pending = store.pending()
     assert 0 < len(pending) <= num_shards - 5
     committed = set(range(num_shards)) - set(pending)
-    before = {shard: Path(store.path, f"rows/c/{shard}/0/0").stat().st_mtime_ns for shard in committed}
+    before = {shard: Path(store.path, f"rows/c.{shard}.0.0").stat().st_mtime_ns for shard in committed}
     again = build_features(run)
     assert again.num_shards_done == len(pending)
-    assert {shard: Path(store.path, f"rows/c/{shard}/0/0").stat().st_mtime_ns for shard in committed} == before
+    assert {shard: Path(store.path, f"rows/c.{shard}.0.0").stat().st_mtime_ns for shard in committed} == before
     assert contents(run.layout.features) == whole
     assert not Path(run.layout.features + ".lock").exists()
 

@@ -240,7 +240,7 @@ def test_status_is_of_the_store_and_needs_no_slurm(
     assert llmattrib("status", path).stdout == "build: no shards yet\n"
     config = run_of(tmp_path)
     build_features(config)
-    records = sorted(Path(config.layout.features, "commits").glob("*.json"))
+    records = sorted(Path(config.layout.features, "commits").glob("[0-9]*"))
     for record in records[10:]:
         record.unlink()
     now = time.time()
@@ -317,7 +317,7 @@ def on_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 def committed(config: RunConfig) -> int:
-    return len(list(Path(config.layout.features, "commits").glob("[0-9]*.json")))
+    return len(list(Path(config.layout.features, "commits").glob("[0-9]*")))
 
 
 def requeued(cluster: Cluster, number: str, log: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from oracles import subset_weights
+from records import record
 from tiny import LABEL_WORDS, tiny_jsonl, tiny_run
 from typer.testing import CliRunner
 
@@ -424,11 +425,11 @@ def test_a_killed_run_goes_on_with_the_missing_shards(
     assert compute_values(config).values == whole.values
     assert calls == [4, 1, 1]
     monkeypatch.setattr(validation_module, "encode_examples", None)  # a complete store needs no model
-    record = Path(config.layout.path("values", "subsets.zarr", "commits", "000001.json"))
-    record.unlink()
+    of_shard = record(config.layout.path("values", "subsets.zarr"), 1)
+    of_shard.unlink()
     Path(config.layout.path("values", "msr_banzhaf.json")).unlink()
     assert compute_values(config).values == whole.values
-    assert record.exists()
+    assert of_shard.exists()
 
 
 def test_a_longer_table_begins_with_the_shorter_one(finished: Made, tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from records import record
 from test_build import changed, contents
 from tiny import tiny_jsonl, tiny_run
 from typer.testing import CliRunner
 
 from llmattrib.build import build_features
 from llmattrib.cli import app
-from llmattrib.commits import checksum
+from llmattrib.commits import checksum, record_path
 from llmattrib.config import config_to_yaml, load_config
 from llmattrib.errors import StoreLockedError
 from llmattrib.index import build_index
@@ -86,15 +87,15 @@ def test_a_sound_run_has_no_findings_and_is_not_touched(run):
 REDUCE = "llmattrib reduce R"
 VALUES = "llmattrib values R"
 DAMAGE = [
-    ("features.zarr/rows/c/2/0/0", "features.zarr", "cannot be decoded", "llmattrib build R", (2, 2)),
-    ("validation.zarr/rows/c/1/0/0", "validation.zarr", "cannot be decoded", VALUES, (1, 1)),
-    ("representers/trak.zarr/rows/c/3/0/0", "representers/trak.zarr", "cannot be decoded", REDUCE, (3, 3)),
-    ("representers/shapley.zarr/vectors/mean/c/0/0", "representers/shapley.zarr", "vector 'mean'", REDUCE, None),
-    ("representers/shapley.zarr/vectors/total/c/0/0", "representers/shapley.zarr", "vector 'total'", REDUCE, None),
+    ("features.zarr/rows/c.2.0.0", "features.zarr", "cannot be decoded", "llmattrib build R", (2, 2)),
+    ("validation.zarr/rows/c.1.0.0", "validation.zarr", "cannot be decoded", VALUES, (1, 1)),
+    ("representers/trak.zarr/rows/c.3.0.0", "representers/trak.zarr", "cannot be decoded", REDUCE, (3, 3)),
+    ("representers/shapley.zarr/vectors/mean/c.0.0", "representers/shapley.zarr", "vector 'mean'", REDUCE, None),
+    ("representers/shapley.zarr/vectors/total/c.0.0", "representers/shapley.zarr", "vector 'total'", REDUCE, None),
     ("representers/shapley.zarr/zarr.json", "representers/shapley.zarr", "", REDUCE, None),
     ("index/beta_shapley_4_1.5.faiss", "index/beta_shapley_4_1.5.faiss", "checksums", "llmattrib index R", None),
     ("index/trak.sample.npy", "index/trak.faiss", "does not match the checksums", "llmattrib index R", None),
-    ("values/subsets.zarr/utilities/c/1/0", "values/subsets.zarr", "cannot be decoded", VALUES, (1, 1)),
+    ("values/subsets.zarr/utilities/c.1.0", "values/subsets.zarr", "cannot be decoded", VALUES, (1, 1)),
     ("values/msr_banzhaf.csv", "values/msr_banzhaf.csv", "", VALUES, None),
     ("values/shapley.parquet", "values/shapley.csv", "", f"{VALUES} values.method=shapley", None),
     ("examples.parquet", "examples.parquet", "", "llmattrib build R", None),
@@ -142,28 +143,27 @@ def test_rows_that_are_not_finite_are_found_under_a_matching_checksum(run):
     rows = store._rows[4:8]
     rows[1, 0, 5] = np.inf
     store._rows[4:8] = rows
-    record = Path(path, "commits/000001.json")
-    tree = json.loads(record.read_text())
-    record.write_text(json.dumps({**tree, "checksum": checksum(rows, store._columns[4:8])}) + "\n")
+    of_shard = Path(record_path(path, 1, checksum(rows, store._columns[4:8])))
+    record(path, 1).rename(of_shard)
     (finding,) = verify(run)
     assert finding.what == "holds row 5, which is not finite"
-    assert (finding.shards, finding.rows, finding.removable) == ((1, 1), (4, 8), (str(record),))
+    assert (finding.shards, finding.rows, finding.removable) == ((1, 1), (4, 8), (str(of_shard),))
 
 
 def test_shards_that_are_pending_are_told_in_one_line(run):
     for shard in (1, 2):
-        Path(run.layout.features, f"commits/{shard:06d}.json").unlink()
+        record(run.layout.features, shard).unlink()
     (finding,) = verify(run)
     assert (finding.what, finding.shards, finding.rows) == ("is not committed", (1, 2), (4, 12))
     assert finding.removable == ()
 
 
 def test_a_record_beyond_the_last_shard_is_a_leftover(run):
-    record = Path(run.layout.features, "commits/000009.json")
-    record.write_text("{}")
+    beyond = Path(record_path(run.layout.features, 9, "0" * 32))
+    beyond.touch()
     (finding,) = verify(run, repair=True)
     assert finding.is_leftover
-    assert not record.exists()
+    assert not beyond.exists()
     assert verify(run) == []
 
 
@@ -238,14 +238,14 @@ def test_an_index_without_representers(run):
 
 
 def test_methods_that_the_config_does_not_name_are_named_in_the_command(run):
-    flip(Path(run.run_dir, "representers/beta_shapley_4_1.5.zarr/rows/c/0/0/0"))
+    flip(Path(run.run_dir, "representers/beta_shapley_4_1.5.zarr/rows/c.0.0.0"))
     (finding,) = verify(changed(run, reduce={"methods": ["shapley"]}))
     assert finding.rerun == """llmattrib reduce R 'reduce.methods=["beta_shapley(4,1.5)"]'"""
 
 
 def test_temporary_files_and_dead_locks_are_leftovers(run):
     root = Path(run.run_dir)
-    Path(run.layout.features, "rows/c/1/0/.0.12.partial").write_bytes(b"?")
+    Path(run.layout.features, "rows/.0.12.partial").write_bytes(b"?")
     (root / "index/.trak.faiss.7.partial").write_bytes(b"?")
     (root / ".adapter.x7").mkdir()
     (root / ".adapter.x7/.a.partial").write_bytes(b"?")
@@ -255,7 +255,7 @@ def test_temporary_files_and_dead_locks_are_leftovers(run):
     found = verify(run)
     assert sorted(item.place for item in found) == [
         ".adapter.x7",
-        "features.zarr/rows/c/1/0/.0.12.partial",
+        "features.zarr/rows/.0.12.partial",
         "index/.trak.faiss.7.partial",
         "representers.lock",
     ]
@@ -284,7 +284,7 @@ def test_metadata_of_features_that_cannot_be_read_is_left_to_a_person(run):
     (finding, *others) = verify(run, repair=True)
     assert others == []
     assert finding.rerun == f"rm -r {run.layout.features} && llmattrib build R"
-    assert Path(run.layout.features, "commits/000000.json").exists()
+    assert record(run.layout.features, 0).exists()
 
 
 def test_the_command_line(run, tmp_path):
@@ -295,7 +295,7 @@ def test_the_command_line(run, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(config_to_yaml(run))
     assert command(str(path)) == (0, "sound: every checksum, fingerprint and number of rows is right\n")
-    flip(Path(run.layout.features, "rows/c/1/0/0"))
+    flip(Path(run.layout.features, "rows/c.1.0.0"))
     code, printed = command(str(path), "seed=0")
     assert code == 1
     assert printed.startswith("features.zarr, shard 1 (rows 4 to 7): cannot be decoded")

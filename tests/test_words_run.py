@@ -117,7 +117,7 @@ def test_killed_words_and_parts_and_ranks_give_the_bytes_of_an_unbroken_run(tmp_
     expected = contents(whole.layout.words)
     process = start(config, tmp_path)
     records = Path(config.layout.words, "commits")
-    while len(list(records.glob("[0-9]*.json"))) < 4:
+    while len(list(records.glob("[0-9]*"))) < 4:
         assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -185,7 +185,7 @@ def test_damage_to_words_is_found_and_repaired_to_the_same_bytes(tmp_path: Path)
     config = finish(run_of(tmp_path, words={"synonym_cosine": 0.7}))
     before = contents(config.run_dir)
     assert verify_run(config, ["R"]) == []
-    file = Path(config.layout.words, "rows/c/1/0/0")
+    file = Path(config.layout.words, "rows/c.1.0.0")
     data = bytearray(file.read_bytes())
     data[100] ^= 1
     file.write_bytes(data)
@@ -195,7 +195,7 @@ def test_damage_to_words_is_found_and_repaired_to_the_same_bytes(tmp_path: Path)
     assert again.words is not None
     assert again.words.num_shards_done == 1
     assert contents(config.run_dir) == before
-    os.remove(Path(config.layout.words, "vectors/clusters/c/0/0"))
+    os.remove(Path(config.layout.words, "vectors/clusters/c.0.0"))
     (found,) = verify_run(config, ["R"], repair=True)
     assert "clusters" in found.what
     build_features(config)

@@ -136,12 +136,12 @@ def test_killed_and_run_again_with_weights_in_the_memory_of_the_machine(tmp_path
     store = RowStore.open(config.layout.features)
     pending = store.pending()
     assert 0 < len(pending) <= 36
-    kept = {shard: Path(store.path, f"rows/c/{shard}/0/0").read_bytes() for shard in set(range(40)) - set(pending)}
+    kept = {shard: Path(store.path, f"rows/c.{shard}.0.0").read_bytes() for shard in set(range(40)) - set(pending)}
     ended = launch(*arguments, **options(tmp_path, "zero3_offload.json"))
     assert ended.returncode == 0, ended.stderr
     assert f"{len(pending)} of 40 shards computed now" in ended.stdout
     for shard, data in kept.items():
-        assert Path(store.path, f"rows/c/{shard}/0/0").read_bytes() == data
+        assert Path(store.path, f"rows/c.{shard}.0.0").read_bytes() == data
     one = changed(config, tmp_path / "one")
     build_features(one)
     agree(config, one)
