@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -72,6 +72,13 @@ class RunConfig(Section):
     def layout(self) -> RunLayout:
         """Where this run's files lie."""
         return RunLayout(self.run_dir)
+
+    @property
+    def features_dtype(self) -> Literal["int8", "float16", "float32"]:
+        """How features are stored: `auto` is int8 of a sketch, whose own error is larger, and float16 of exact ones."""
+        if self.features.dtype != "auto":
+            return self.features.dtype
+        return "float16" if self.features.sketch.kind == "none" else "int8"
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:

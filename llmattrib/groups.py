@@ -58,8 +58,17 @@ def shard_file(array: str, shard: int, num_axes: int) -> str:
     return f"{array}/c.{'.'.join([str(shard), *['0'] * (num_axes - 1)])}"
 
 
-def make_array(path: str, name: str, shape: Shape, chunks: Shape, dtype: str, shards: Shape | None = None) -> Array:
-    """Make an empty array, in place of one that is there; floats start as NaN, which marks what was never written."""
+def make_array(
+    path: str,
+    name: str,
+    shape: Shape,
+    chunks: Shape,
+    dtype: str,
+    shards: Shape | None = None,
+    fill: float | int | None = None,
+) -> Array:
+    """Make an empty array, in place of one that is there; what was never written is `fill`, by default NaN or 0."""
+    missing = float("nan") if np.dtype(dtype).kind == "f" else 0
     return zarr.create_array(
         _zarr_store(path, read_only=False),
         name=name,
@@ -69,7 +78,7 @@ def make_array(path: str, name: str, shape: Shape, chunks: Shape, dtype: str, sh
         shards=shards,
         compressors=[Crc32cCodec()],
         chunk_key_encoding={"name": "default", "separator": "."},  # no folder a shard
-        fill_value=float("nan") if np.dtype(dtype).kind == "f" else 0,
+        fill_value=missing if fill is None else fill,
         overwrite=True,
         config={"write_empty_chunks": True},
     )

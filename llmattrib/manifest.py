@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llmattrib.errors import StoreError
+from llmattrib.quantize import NO_CODE, StoredType
 from llmattrib.shards import ShardLayout
 
 SCHEMA = 2
@@ -40,7 +41,7 @@ class Manifest:
     num_rows: int
     num_outputs: int
     dim: int
-    dtype: Literal["float16", "float32"]
+    dtype: StoredType
     shard_size: int
     columns: tuple[str, ...] = ()
     fingerprint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -62,7 +63,8 @@ class Manifest:
     def rows_layout(self) -> ShardLayout:
         """How rows lie in files."""
         dtype = np.dtype(self.dtype).newbyteorder("<")
-        return ShardLayout((self.num_outputs, self.dim), dtype, self.shard_size, self.chunk_rows, math.nan)
+        fill = NO_CODE if self.dtype == "int8" else math.nan
+        return ShardLayout((self.num_outputs, self.dim), dtype, self.shard_size, self.chunk_rows, fill)
 
     @property
     def columns_layout(self) -> ShardLayout:

@@ -162,7 +162,7 @@ class LoraProduct(Product):
             kind="features",
             num_outputs=self.extractor.num_outputs,
             dim=self._plan.dim,
-            dtype=self.config.features.dtype,
+            dtype=self.config.features_dtype,
             columns=COLUMNS,
             fingerprint={**model_fingerprint(self.config, self.extractor), "data": data},
             **{**common, "info": {**common["info"], **info}},

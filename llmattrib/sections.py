@@ -160,12 +160,12 @@ class FeaturesConfig(Section):
     """What a feature is: the sketched gradient of `output` with respect to the LoRA parameters at `linearisation`.
 
     `init` is the base model with fresh LoRA matrices (B = 0); `num_inits` of them are averaged at no extra pass.
-    `trained` is the adapter or adapters as trained.
+    `trained` is the adapters as trained. `dtype` `auto` is int8 of a sketch and float16 of exact features.
 
-    `preconditioner` `ekfac` whitens gradients before the sketch, by the EK-FAC curvature (H + lam)^-1/2 of each LoRA
-    factor, so that inner products of features, `grad_dot`, are EK-FAC influence. lam is `damping` times the factor's
-    mean eigenvalue. H is fitted on `curvature_examples` of the training examples, evenly spaced, all when there are
-    fewer. Sides of a factor longer than `max_eigen_side` keep their coordinates instead of an eigenbasis.
+    `preconditioner` `ekfac` whitens gradients before the sketch by the EK-FAC curvature (H + lam)^-1/2 of each LoRA
+    factor: inner products of features, `grad_dot`, are EK-FAC influence. lam is `damping` times the factor's mean
+    eigenvalue. H is fitted on `curvature_examples` training examples, evenly spaced (all when there are fewer). Sides
+    of a factor longer than `max_eigen_side` keep their coordinates.
     """
 
     output: OutputFunction = "loss"
@@ -176,7 +176,7 @@ class FeaturesConfig(Section):
     curvature_examples: PositiveInt = 2048
     max_eigen_side: PositiveInt = 4096
     sketch: SketchConfig = SketchConfig()
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: Literal["auto", "int8", "float16", "float32"] = "auto"
     tokens_per_batch: PositiveInt = 2048
     shard_size: PositiveInt = 256
 

@@ -31,7 +31,7 @@ class ShardLayout:
         dtype: of the stored numbers.
         shard_rows: rows a shard.
         chunk_rows: rows of an inner chunk, a divisor of `shard_rows`; None where the shard is one chunk without index.
-        fill: what rows beyond the last hold.
+        fill: what rows beyond the last hold, and no row that was written.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +47,11 @@ class ShardLayout:
     @property
     def _chunk_bytes(self) -> int:
         return self._rows * math.prod(self.shape) * self.dtype.itemsize
+
+    def is_fill(self, rows: np.ndarray) -> bool:
+        """Say whether a row was never written: its first number is `fill`."""
+        first = rows.reshape(len(rows), -1)[:, 0]
+        return bool((np.isnan(first) if isinstance(self.fill, float) else first == self.fill).any())
 
     def encode(self, rows: np.ndarray) -> list[np.ndarray]:
         """Return the parts of the file that holds `rows`, at most a shard of them, in the array's dtype."""

@@ -278,7 +278,7 @@ def remove_partial(folder: str) -> None:
                 Path(entry.path).unlink(missing_ok=True)
 
 
-SMALLER_ROWS = "free space, set run_dir on a larger disk, or make rows smaller (features.sketch.dim, dtype float16)"
+SMALLER_ROWS = "free space, set run_dir on a larger disk, or make rows smaller (features.sketch.dim, dtype)"
 
 
 def require_space(path: str, num_bytes: int, fix: str = SMALLER_ROWS) -> None:

@@ -2,16 +2,15 @@
 
     features.zarr/
       zarr.json            group; its attributes hold the manifest
-      rows/c.<shard>.0.0   [n, c, p] float16 or float32: one file a shard, inner chunks of at most 64 rows, crc32c
+      rows/c.<shard>.0.0   [n, c, p] of the manifest's dtype: one file a shard, inner chunks of at most 64 rows, crc32c
       columns/c.<shard>.0  [n, 1 + k] float32: the row's scale, then the scalar columns; one file a shard, crc32c
       vectors/<name>/      [c, p] float32, written whole
       commits/<shard>-<checksum>  empty: the shard is finished
 
 A shard is a fixed run of rows with one writer, so rows need no lock. Its record is created, in one step, after its
 data is on disk: what has no record is not there, and is written again. Neither time, host nor rank is stored, so the
-bytes depend on the rows alone. Stored values are `row / scale` with a power of two as the scale, so float16 costs
-2^-11 of an entry or 2^-38 of the row's largest, whichever is more, and a row read and written again is the same.
-Nothing is compressed: zstd saves 8 % of a float16 sketch, or 15 % at 0.1 GB/s.
+bytes depend on the rows alone. Stored values of int8 and float16 are `row / scale` (`quantize.py`); a row read and
+written again is the same. Nothing is compressed: zstd saves 8 % or less of a sketch.
 
 Rows are added at the end alone (`extend`): full shards stay as they are, a last one that was not full is written again.
 
@@ -273,7 +272,7 @@ class RowStore:
                 span = (0, None) if is_file else layout.span(start - begin, stop - begin)
                 data = storage.read_array(self._file(name, shard), *span)
             for part in layout.decode(data, start - begin, stop - begin, is_file):
-                if np.isnan(part.reshape(len(part), -1)[:, 0]).any():  # the fill value: no finite row holds it
+                if layout.is_fill(part):
                     raise self._corrupt(shard, f"has no data on disk ({name})")
                 yield part
         except storage.ABSENT as error:
@@ -301,7 +300,7 @@ class RowStore:
         out = np.empty((stop - start, self.manifest.num_outputs, self.manifest.dim), np.float32)
         for shard, first, last in self._pieces(start, stop):
             place, scale = first - start, None
-            if self.manifest.dtype == "float16":
+            if self.manifest.dtype != "float32":
                 scale = np.concatenate([part[:, :1, None] for part in self._parts("columns", shard, first, last)])
             for part in self._parts("rows", shard, first, last):
                 rows = out[place : place + len(part)]
@@ -423,11 +422,9 @@ class RowStore:
 
 def _make(path: str, manifest: Manifest) -> None:
     """Lay out an empty store; the manifest comes last, so a killed creation is no store."""
-    n = manifest.num_rows
     group = open_group(path, "a")
     for name, of in (("rows", manifest.rows_layout), ("columns", manifest.columns_layout)):
-        chunks = (of.chunk_rows or of.shard_rows, *of.shape)
-        make_array(
-            path, name, (n, *of.shape), chunks, of.dtype.name, (of.shard_rows, *of.shape) if of.chunk_rows else None
-        )
+        shape = manifest.num_rows, *of.shape
+        shard, chunk = (of.shard_rows, *of.shape), (of.chunk_rows or of.shard_rows, *of.shape)
+        make_array(path, name, shape, chunk, of.dtype.name, shard if of.chunk_rows else None, of.fill)
     group.attrs.update({_KEY: manifest.to_json()})

@@ -33,6 +33,8 @@ from llmattrib.rng import stream
 from llmattrib.storage import atomic_write, require_space
 from llmattrib.store import RowStore
 
+DTYPES = ["int8", "float16", "float32"]
+
 
 def manifest(**changes):
     settings = {
@@ -90,7 +92,17 @@ def any_path(request, tmp_path):
 # ---------------------------------------------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def bounds(rows, dtype):
+    """The most that an entry may be off."""
+    largest = np.abs(rows).max(axis=(1, 2), keepdims=True)
+    return {
+        "int8": np.broadcast_to(largest / 254 * (1 + 2.0**-15), rows.shape),
+        "float16": np.maximum(np.abs(rows) * 2.0**-11, largest * 2.0**-38),
+        "float32": 0 * rows,
+    }[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shard_size", [1, 6, 22, 64, 100, 130])
 def test_rows_come_back(any_path, dtype, shard_size):
     store = fill(RowStore.create(any_path, manifest(dtype=dtype, shard_size=shard_size)))
@@ -98,8 +110,7 @@ def test_rows_come_back(any_path, dtype, shard_size):
     read = RowStore.open(any_path)
     assert read.is_complete
     assert read.manifest == store.manifest
-    largest = np.abs(rows).max(axis=(1, 2), keepdims=True)
-    bound = np.maximum(np.abs(rows) * 2.0**-11, largest * 2.0**-38) if dtype == "float16" else 0 * rows
+    bound = bounds(rows, dtype)
     for start, stop in [(0, 22), (0, 1), (5, 7), (3, 19), (21, 22), (8, 8)]:
         back = read.read(start, stop)
         assert back.dtype == np.float32
@@ -145,9 +156,10 @@ def test_one_shard_is_read_ahead(path, monkeypatch):
     blocks.close()
 
 
-def test_rows_read_and_written_again_are_the_same_bytes(tmp_path):
-    first = fill(RowStore.create(str(tmp_path / "a"), manifest()))
-    second = RowStore.create(str(tmp_path / "b"), manifest())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_read_and_written_again_are_the_same_bytes(tmp_path, dtype):
+    first = fill(RowStore.create(str(tmp_path / "a"), manifest(dtype=dtype)))
+    second = RowStore.create(str(tmp_path / "b"), manifest(dtype=dtype))
     for shard in range(first.num_shards):
         part = slice(*first.shard_range(shard))
         columns = {name: first.column(name)[part] for name in ("norm", "loss")}
@@ -170,11 +182,56 @@ def test_float16_scale_is_the_power_of_two_that_fills_the_range():
     np.testing.assert_allclose(stored * scale[:, None, None], rows, rtol=2**-10)
 
 
-def test_quantize_works_in_blocks_as_in_one_piece():
+def test_int8_scale_fills_the_range_and_codes_times_scales_are_exact():
+    top, small = float(np.finfo(np.float32).max), 2.0**-126
+    draw = stream(0, "int8")
+    tops = np.array([1.0, 127.0, 0.7, top, top * (1 - 2.0**-18), 3e38, 1e-30, 127 * small, 0.0], np.float32)
+    rows = (tops[:, None, None] * draw.uniform(-1, 1, (len(tops), 2, 50))).astype(np.float32)
+    rows[:, 1, 7] = -tops
+    stored, scale = quantize(rows, "int8")
+    assert stored.dtype == np.int8
+    assert (np.abs(stored.astype(int)).max(axis=(1, 2))[:-1] == 127).all()
+    assert (scale[-1], np.abs(stored[-1]).max()) == (1, 0)
+    assert scale[1] == 1
+    back = stored * scale[:, None, None]
+    assert back.dtype == np.float32
+    assert np.isfinite(back).all()
+    np.testing.assert_array_equal(back, stored * scale.astype(np.float64)[:, None, None])
+    error = np.abs(back.astype(np.float64) - rows)
+    assert (error <= tops.astype(np.float64)[:, None, None] / 254 * (1 + 2.0**-15)).all()
+    assert error[0].max() > 1 / 255, "no finer than int8"
+    again, of_again = quantize(back, "int8")
+    np.testing.assert_array_equal(again, stored)
+    np.testing.assert_array_equal(of_again, scale)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_rows_below_the_smallest_scale_lose_digits_and_no_more(dtype):
+    rows = np.array([2.0**-126, -(2.0**-130), 2.0**-149, 0], np.float32).reshape(1, 1, 4)
+    stored, scale = quantize(rows, dtype)
+    assert scale[0] == np.float32(2.0**-126)
+    unit = 1 if dtype == "int8" else 2.0**-24
+    assert (np.abs(stored.astype(np.float64) * 2.0**-126 - rows) <= unit / 2 * 2.0**-126).all()
+    again, of_again = quantize((stored * scale[:, None, None]).astype(np.float32), dtype)
+    np.testing.assert_array_equal(again, stored)
+    assert of_again == scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_the_scale_of_a_row_that_is_not_finite_is_none(dtype, bad):
+    rows = np.ones((70, 2, 3), np.float32)
+    rows[66, 1, 2] = bad
+    scale = quantize(rows, dtype)[1]
+    assert np.isnan(scale).nonzero()[0].tolist() == [66]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_quantize_works_in_blocks_as_in_one_piece(dtype):
     rows = stream(0, "long").standard_normal((200, 1, 3)).astype(np.float32)
-    whole, scale = quantize(rows, "float16")
+    whole, scale = quantize(rows, dtype)
     for row in range(200):
-        one, of_one = quantize(rows[row : row + 1], "float16")
+        one, of_one = quantize(rows[row : row + 1], dtype)
         assert (whole[row] == one[0]).all()
         assert scale[row] == of_one[0]
 
@@ -199,8 +256,9 @@ def test_one_file_a_shard_and_one_record(path):
     assert [Path(path, name).stat().st_size for name in records] == [0, 0, 0]
 
 
-def test_zarr_reads_it_without_us(path):
-    store = fill(RowStore.create(path, manifest(num_rows=300, shard_size=192)))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zarr_reads_it_without_us(path, dtype):
+    store = fill(RowStore.create(path, manifest(num_rows=300, shard_size=192, dtype=dtype)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         group = zarr.open_group(path, mode="r")
@@ -220,9 +278,10 @@ def test_inner_chunks_fill_a_shard_evenly(path, shard_size, chunk):
     assert zarr.open_array(path, path="rows", mode="r").chunks[0] == chunk
 
 
-def test_two_runs_write_the_same_bytes_in_any_order(tmp_path):
-    fill(RowStore.create(str(tmp_path / "a"), manifest()))
-    fill(RowStore.create(str(tmp_path / "b"), manifest()), [2, 0, 3, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_runs_write_the_same_bytes_in_any_order(tmp_path, dtype):
+    fill(RowStore.create(str(tmp_path / "a"), manifest(dtype=dtype)))
+    fill(RowStore.create(str(tmp_path / "b"), manifest(dtype=dtype)), [2, 0, 3, 1])
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
@@ -358,10 +417,11 @@ def flip(file, offset):
     Path(file).write_bytes(bytes(raw))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
 @pytest.mark.parametrize("offset", [0, 7, -3, -30])
 @pytest.mark.parametrize("array", ["rows/c.1.0.0", "columns/c.1.0"])
-def test_a_flipped_bit_is_found_and_named(path, array, offset):
-    store = fill(RowStore.create(path, manifest()))
+def test_a_flipped_bit_is_found_and_named(path, array, offset, dtype):
+    store = fill(RowStore.create(path, manifest(dtype=dtype)))
     flip(Path(path, array), offset)
     with pytest.raises(CorruptShardError, match=r"shard 1 of .* cannot be decoded[\s\S]*delete .*commits/000001-"):
         store.read(6, 12)
@@ -373,7 +433,7 @@ def test_a_flipped_bit_is_found_and_named(path, array, offset):
 
 
 @pytest.mark.parametrize("array", ["rows/c.1.0.0", "columns/c.1.0"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_missing_or_cut_file_is_found_and_named(path, array, dtype):
     store = fill(RowStore.create(path, manifest(dtype=dtype)))
     file = Path(path, array)
@@ -495,8 +555,9 @@ def test_foreign_data_is_left_alone(path):
         RowStore.open(path)
 
 
-def test_rows_that_do_not_fit_are_refused(path):
-    store = RowStore.create(path, manifest())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_do_not_fit_are_refused(path, dtype):
+    store = RowStore.create(path, manifest(dtype=dtype))
     good = np.ones((6, 2, 5), np.float32)
     columns = {"norm": np.ones(6, np.float32), "loss": np.ones(6, np.float32)}
     with pytest.raises(StoreError, match=r"got rows float32\[5, 2, 5\][\s\S]*expected: float32\[6, 2, 5\]"):

@@ -131,7 +131,7 @@ def train_flops(shape: ModelShape, config: RunConfig, tokens: Tokens) -> int:
 def features_manifest(config: RunConfig, num_rows: int, dim: int) -> Manifest:
     """Return the manifest that gives the size of the features; its fingerprint is empty."""
     from_build = ("norm", "loss", "log_odds", "label")
-    return Manifest("features", num_rows, num_outputs(config), dim, config.features.dtype, _shard(config), from_build)
+    return Manifest("features", num_rows, num_outputs(config), dim, config.features_dtype, _shard(config), from_build)
 
 
 def representers_bytes(config: RunConfig, num_rows: int, dim: int) -> int:
@@ -246,4 +246,4 @@ def sketch_table_bytes(shape: ModelShape, config: RunConfig) -> int:
 
 def shard_bytes(config: RunConfig, dim: int) -> int:
     """Return the host memory of a shard while it is built and written: float32 rows and their stored copy."""
-    return _shard(config) * num_outputs(config) * dim * (4 + np.dtype(config.features.dtype).itemsize)
+    return _shard(config) * num_outputs(config) * dim * (4 + np.dtype(config.features_dtype).itemsize)

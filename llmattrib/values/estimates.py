@@ -337,7 +337,7 @@ def from_freeshap(
     moments = start.finish(found.samples, progress)
     notes: tuple[str, ...] = ()
     sketch = manifest.fingerprint["features"]["sketch"]["kind"]
-    if sketch != "none" or manifest.dtype == "float16":
+    if sketch != "none" or manifest.dtype != "float32":
         notes += (f"FreeShap starts from exact features; these are {manifest.dtype} with sketch {sketch}",)
     return _of_utility(UtilityResult.of(moments, found), int(utility == "accuracy"), values.confidence, notes)
 
