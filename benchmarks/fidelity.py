@@ -1,6 +1,6 @@
 """How near sketched inner products are to exact ones, byte for byte.
 
-    python -m benchmarks.fidelity [--examples 12] [--seeds 2] [--points init trained]
+    python -m benchmarks.fidelity [--examples 12] [--seeds 2] [--points init trained] [--parts sizes rounding]
 
 Exact per-example gradients of SmolLM2-135M (configs/smollm2.yaml: the demo's facts, LoRA of rank 8 on all linear
 layers), at `init` and at an adapter after 2 epochs of 16 facts. Every sketch is given 1, 4, 16 and 64 KB an example;
@@ -16,12 +16,14 @@ seeds of the sketch:
     bergson_joint         its projection of all entries together, float32; at 1 KB alone (a matrix of signs for every
                           dimension has to be drawn)
 
+`rounding`: the same errors at 1,024, 4,096 and 16,384 dimensions, whose rows are stored as float32, float16 and int8.
+
 Writes benchmarks/results/fidelity.json, point by point.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ SCALE_BYTES = 4
 BITS = {"float16": 16, "int8": 8, "int4": 4}
 SKETCHES = (*BITS, "equal", "size", "joint")
 MAX_JOINT_KB = 1
+DIMS = (1024, 4096, 16384)
+PARTS = ("sizes", "rounding")
 EXAMPLES_TO_LEARN, EPOCHS = 16, 2
 
 
@@ -65,8 +69,8 @@ def run_of(point: str) -> RunConfig:
 
 def stored(rows: np.ndarray, dtype: str) -> np.ndarray:
     """Return rows as they are read back after storing."""
-    if dtype == "float16":
-        codes, scale = quantize(rows[:, None], dtype)
+    if dtype != "int4":
+        codes, scale = quantize(rows[:, None], dtype)  # type: ignore[arg-type]
         return codes[:, 0].astype(np.float32) * scale[:, None]
     top = 2 ** (BITS[dtype] - 1) - 1
     scale = np.abs(rows).max(axis=1, keepdims=True) / top
@@ -151,7 +155,22 @@ def mean_error(
     return {"dim": rows.shape[1], "frobenius_error": round(float(error), 5), "spearman": round(float(rank), 5)}
 
 
-def measure(point: str, num_examples: int, seeds: int) -> dict[str, Any]:
+def rounding(exact: np.ndarray, blocks: tuple[Block, ...], norms: np.ndarray, seeds: int) -> dict[str, Any]:
+    """Return the errors of sketches of equal dimensions by the dtype their rows are stored in."""
+
+    def rows(dim: int, dtype: str, seed: int) -> np.ndarray:
+        return stored(sketch_rows(make_plan("oporp", seed, dim, blocks, norms.tolist()), exact), dtype)
+
+    kernel = exact @ exact.T
+    return {
+        str(dim): {
+            dtype: mean_error(partial(rows, dim, dtype), kernel, seeds) for dtype in ("float32", "float16", "int8")
+        }
+        for dim in DIMS
+    }
+
+
+def measure(point: str, num_examples: int, seeds: int, parts: Sequence[str]) -> dict[str, Any]:
     """Return the errors of every sketch and size at one linearisation point."""
     config = run_of(point)
     extractor = load_extractor(config)
@@ -160,6 +179,9 @@ def measure(point: str, num_examples: int, seeds: int) -> dict[str, Any]:
     exact = exact_features(config, extractor, encoded, examples, lambda done, total: None)
     norms = sum(extractor._block_norms(batch) for batch in calibration_batches(config, encoded))
     kernel, layers = exact @ exact.T, matrices(extractor)
+    rounded = {"rounding": rounding(exact, extractor.blocks, np.asarray(norms), seeds)} if "rounding" in parts else {}
+    if "sizes" not in parts:
+        return rounded
     rows: dict[str, Any] = {}
     for size in KILOBYTES:
         tried: dict[str, Callable[[int], np.ndarray | None]] = {
@@ -176,13 +198,8 @@ def measure(point: str, num_examples: int, seeds: int) -> dict[str, Any]:
             found["bergson_joint"] = mean_error(partial(one_matrix, size, exact=exact, layers=layers), kernel, 1)
         rows[str(size)] = {name: cell for name, cell in found.items() if cell}
         print(point, size, json.dumps(rows[str(size)]), flush=True)
-    return {
-        "examples": len(encoded),
-        "seeds": seeds,
-        "gradient_dim": exact.shape[1],
-        "blocks": len(layers),
-        "kilobytes": rows,
-    }
+    size_of = {"examples": len(encoded), "seeds": seeds, "gradient_dim": exact.shape[1], "blocks": len(layers)}
+    return {**rounded, **size_of, "kilobytes": rows}
 
 
 def summary(points: dict[str, Any]) -> dict[str, Any]:
@@ -200,11 +217,13 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--points", nargs="+", choices=("init", "trained"), default=("init", "trained"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     for point in options.points:
-        found = measure(point, options.examples, options.seeds)
-        points = (json.loads(RESULT.read_text())["points"] if RESULT.exists() else {}) | {point: found}
+        found = measure(point, options.examples, options.seeds, options.parts)
+        known = json.loads(RESULT.read_text())["points"] if RESULT.exists() else {}
+        points = known | {point: known.get(point, {}) | found}
         result = {"bergson_error_over_ours": summary(points), "points": points}
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
 

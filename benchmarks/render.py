@@ -49,6 +49,16 @@ SKETCHES = {
     "bergson": "bergson, p x p a module",
     "bergson_joint": "bergson, one projection",
 }
+WRITE_STEPS = {
+    "whole": "whole",
+    "quantise": "quantise, look for NaN",
+    "crc32c": "crc32c",
+    "checksum": "XXH3",
+    "files": "two files",
+    "to_disk": "force to disk",
+    "record": "record",
+}
+READ_STEPS = {"whole": "whole", "file": "file", "crc32c": "crc32c", "rest": "convert, scale"}
 
 
 def result(name: str) -> Any:
@@ -103,12 +113,53 @@ def fidelity(found: dict[str, Any]) -> str:
                 texts = [f"{cell['frobenius_error']:.3f}; {cell['spearman']:.3f}" if cell else "" for cell in cells]
                 lines.append(f"| {label} | " + " | ".join(texts) + " |")
         lines.append("")
+    lines += ["| relative error at dimensions | float32 | float16 | int8 |", "|---|---|---|---|"]
+    for point, cases in found["points"].items():
+        for dim, cells in cases["rounding"].items():
+            texts = [f"{cell['frobenius_error']:.4f}" for cell in cells.values()]
+            lines.append(f"| `{point}`, {int(dim):,} | " + " | ".join(texts) + " |")
+    lines.append("")
     return "\n".join(lines)
+
+
+def store(found: dict[str, Any]) -> str:
+    """Render bandwidths, their ratio to the memmap's, and what a shard and a store of many take."""
+    lines = [
+        f"Shards of 256 rows of {found['dim']:,}; MB of rows a CPU second, and the time of a numpy memmap over ours",
+        "",
+        "| | | MB/s | memmap that converts: CPU | wall | memmap that copies bytes: CPU | wall |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for dtype, case in found["bandwidth"].items():
+        for name in ("write", "read"):
+            ratios = [case["ratio_to_memmap"][f"{name}_{limit}"] for limit in ("numpy", "bytes")]
+            cells = [f"{ratio[clock]:.2f}" for ratio in ratios for clock in ("cpu", "wall")]
+            lines.append(f"| {dtype} | {name} | {case['mb_per_second']['cpu'][name]:,} | " + " | ".join(cells) + " |")
+    for name, steps in (("write", WRITE_STEPS), ("read", READ_STEPS)):
+        lines += [
+            "",
+            f"| CPU ms to {name} a shard | " + " | ".join(steps.values()) + " |",
+            "|---" * (1 + len(steps)) + "|",
+        ]
+        for dtype, case in found["shard_cpu_milliseconds"].items():
+            lines.append(f"| {dtype} | " + " | ".join(f"{case[name][step]:.2f}" for step in steps) + " |")
+    lines += ["", f"| of {found['shards']:,} shards | CPU s | wall s |", "|---|---|---|"]
+    times = found["milliseconds"]
+    for case in ("open_warm", "open_cold", "digest_warm", "digest_cold"):
+        if f"{case}_cpu" in times:
+            name, _, cache = case.partition("_")
+            cells = [f"{times[f'{case}_{clock}'] / 1e3:.2f}" for clock in ("cpu", "wall")]
+            lines.append(f"| {name}, {cache} cache | " + " | ".join(cells) + " |")
+    lines += ["", "| zstd, level 1 | bytes kept | encodes, MB/s | decodes, MB/s |", "|---|---|---|---|"]
+    for dtype, case in found["zstd"].items():
+        lines.append(f"| {dtype} | {case['kept']:.1%} | {case['encode_mb_s']:,} | {case['decode_mb_s']:,} |")
+    return "\n".join(lines) + "\n\n"
 
 
 SECTIONS: dict[str, Callable[[Any], str]] = {
     "features": features,
     "fidelity": fidelity,
+    "store": store,
     "kernel_game": _stage_tables.kernel,
     "end_to_end": _stage_tables.end_to_end,
     "query": _stage_tables.search,

@@ -74,9 +74,10 @@ class Manifest:
     @property
     def num_bytes(self) -> int:
         """Bytes of all rows and columns on disk, without the few of chunk indexes and records."""
-        per_row = self.num_outputs * self.dim * np.dtype(self.dtype).itemsize + 4 * (1 + len(self.columns))
-        num_shards = -(-self.num_rows // self.shard_size)
-        return num_shards * self.shard_size * per_row  # the last shard is padded
+        row = self.num_outputs * self.dim * np.dtype(self.dtype).itemsize
+        num_chunks, num_shards = -(-self.num_rows // self.chunk_rows), -(-self.num_rows // self.shard_size)
+        columns = 4 * (1 + len(self.columns)) * self.shard_size  # of a shard; the last one is filled up
+        return num_chunks * self.chunk_rows * row + num_shards * columns
 
     def check_rows(self, path: str, start: int, stop: int, rows: np.ndarray, scalars: Mapping[str, np.ndarray]) -> None:
         """Refuse rows [start, stop) that do not fit: not float32, of another shape, with other columns.

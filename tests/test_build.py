@@ -58,6 +58,7 @@ def run(tmp_path):
     ("labels", "features"),
     [
         (False, {}),
+        (False, {"dtype": "float16"}),
         (False, {"dtype": "float32", "sketch": {"kind": "none"}, "output": "log_odds"}),
         (False, {"num_inits": 2, "sketch": {"kind": "rademacher", "dim": 64}}),
         (True, {"output": "logits", "dtype": "float32"}),
@@ -77,7 +78,8 @@ def test_rows_are_the_features_of_each_example_alone(tmp_path, labels, features)
     rows = store.read(0, 7)
     assert rows.shape == (7, 2 if features.get("output") == "logits" else 1, sketch.dim)
     error = np.abs(rows - phi).max(axis=(1, 2)) / np.abs(phi).max(axis=(1, 2))
-    assert error.max() < (1e-5 if features.get("dtype") == "float32" else 6e-4)
+    assert store.manifest.dtype == features.get("dtype", "int8")
+    assert error.max() < {"float32": 1e-5, "float16": 6e-4, "int8": 1 / 253}[store.manifest.dtype]
     assert store.manifest.columns == COLUMNS
     for name in COLUMNS:
         np.testing.assert_allclose(
@@ -183,7 +185,7 @@ def test_a_stored_sketch_plan_is_kept(run, monkeypatch):
         ("features", {"sketch": {"dim": 128, "calibration_examples": 4}}, "fingerprint.features.sketch.dim"),
         ("features", {"sketch": {"dim": 256, "calibration_examples": 5}}, "calibration_examples: stored 4, now 5"),
         ("features", {"sketch": {"kind": "none"}}, "fingerprint.features.sketch.kind: stored 'oporp', now 'none'"),
-        ("features", {"dtype": "float32"}, "dtype: stored 'float16', now 'float32'"),
+        ("features", {"dtype": "float32"}, "dtype: stored 'int8', now 'float32'"),
         ("features", {"shard_size": 5}, "shard_size: stored 4, now 5"),
         ("data", {"limit": 9}, "num_rows: stored 10, now 9"),
         ("data", {"system": "Be brief."}, "fingerprint.encoding.system: stored None, now 'Be brief.'"),

@@ -137,15 +137,19 @@ def test_damage_is_named_and_repaired_to_the_same_bytes(run, made, damage, file,
     assert data_of(run) == data_of(made)
 
 
-def test_rows_that_are_not_finite_are_found_under_a_matching_checksum(run):
-    path = run.layout.features
+@pytest.mark.parametrize("part", ["scale", "rows"])
+def test_rows_that_are_not_finite_are_found_under_a_matching_checksum(run, part):
+    path = run.layout.features if part == "scale" else run.layout.representers("trak")  # of int8, and of float32
     store = RowStore.open(path, read_only=False)
-    rows = store._rows[4:8]
-    rows[1, 0, 5] = np.inf
-    store._rows[4:8] = rows
-    of_shard = Path(record_path(path, 1, checksum(rows, store._columns[4:8])))
+    rows, columns = store._rows[4:8], store._columns[4:8]
+    if part == "scale":
+        columns[1, 0] = np.inf
+    else:
+        rows[1, 0, 5] = np.inf
+    store._rows[4:8], store._columns[4:8] = rows, columns
+    of_shard = Path(record_path(path, 1, checksum(rows, columns)))
     record(path, 1).rename(of_shard)
-    (finding,) = verify(run)
+    finding = next(item for item in verify(run) if item.place == str(Path(path).relative_to(run.run_dir)))
     assert finding.what == "holds row 5, which is not finite"
     assert (finding.shards, finding.rows, finding.removable) == ((1, 1), (4, 8), (str(of_shard),))
 
