@@ -312,7 +312,7 @@ def test_verify_reads_the_tables(run):
     train_further(run)
     table = Path(run.layout.path("gold", "seed0.zarr"))
     assert not [finding for finding in verify_run(run, [run.run_dir]) if finding.place.startswith("gold")]
-    (table / "utilities" / "c" / "0" / "0").write_bytes(b"broken")
+    (table / "utilities" / "c.0.0").write_bytes(b"broken")
     (finding,) = [finding for finding in verify_run(run, [run.run_dir]) if finding.place.startswith("gold")]
     assert "evaluate gold" in finding.rerun
 
