@@ -153,6 +153,7 @@ def store(found: dict[str, Any]) -> str:
     lines += ["", "| zstd, level 1 | bytes kept | encodes, MB/s | decodes, MB/s |", "|---|---|---|---|"]
     for dtype, case in found["zstd"].items():
         lines.append(f"| {dtype} | {case['kept']:.1%} | {case['encode_mb_s']:,} | {case['decode_mb_s']:,} |")
+    lines += ["", f"Load of the machine before: {found['load_before']['bandwidth']}, on two cores."]
     return "\n".join(lines) + "\n\n"
 
 
