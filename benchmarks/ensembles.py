@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks._pages import fill
 from benchmarks.lds import adapter, figures
-from benchmarks.truth.margins import TASKS, load
+from benchmarks.truth.margins import TINY, load
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, load_config
 from llmattrib.data import load_examples, save_examples
@@ -200,7 +200,7 @@ def write_docs() -> None:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=TINY, default=TINY)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--counts", nargs="+", type=int, choices=COUNTS, default=COUNTS)
     options = parser.parse_args()

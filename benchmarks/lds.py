@@ -1,16 +1,16 @@
 """Linear datamodelling score of every method against models retrained on random halves of the data.
 
-    python -m benchmarks.lds [--tasks sms facts] [--points init early trained] [--preconditioners none ekfac]
+    python -m benchmarks.lds [--tasks sms facts smollm2] [--points init early trained both] [--preconditioners none ekfac]
 
 Two tasks on a 1M-parameter Llama (benchmarks/truth/): SMS spam through two label tokens, where answers share no word
-with the messages, and factbook questions. Truth: benchmarks/truth/<task>_margins.npz, sub-models on random halves,
+with the messages, and factbook questions; and factbook questions on SmolLM2-135M, one model a point. Truth: benchmarks/truth/<task>_margins.npz, sub-models on random halves,
 mean over training seeds. Scores: exact gradients (no sketch), each method at its own defaults.
 
 Methods are named `method` (features at initialisation, one of them: the default), `method, k inits`, `method, early`
-(features at an adapter after a fine-tune of 2 epochs) and `method, k trained` (features at k adapters trained with
-different seeds). `ekfac_influence` and `ekfac_shapley` are grad_dot and Shapley on features whitened by EK-FAC.
-Baselines are those of `llmattrib evaluate`.
-Rows of bergson are those of `benchmarks.peers.bergson_lds`.
+(features at an adapter after a fine-tune of 2 epochs), `method, k trained` (features at k adapters trained with
+different seeds) and `method, both` (features at the early adapter and at a trained one together). `ekfac_influence` and
+`ekfac_shapley` are grad_dot and Shapley on features whitened by EK-FAC. Baselines are those of `llmattrib evaluate`,
+rows of bergson those of `benchmarks.peers.bergson_lds`.
 `ceiling` is the score of the truth itself: one seed's margins against the mean of the others, sub-model by sub-model.
 Intervals are 95 %, over prompts and subsets. Adds to benchmarks/results/lds.json, task by task and name
 by name, and renders docs/choosing.md.
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._pages import fill
-from benchmarks.truth.margins import TASKS, load
+from benchmarks.truth.margins import TASKS, TINY, load
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, load_config
 from llmattrib.evaluate.lds import Lds, lds, spearman
@@ -44,7 +44,7 @@ DEFAULT = "shapley"
 METHODS = ("shapley", "banzhaf", "leave_one_out", "influence", "trak", "datainf", "grad_dot", "grad_cos")
 WHITENED = {"grad_dot": "ekfac_influence", "shapley": "ekfac_shapley"}
 """Methods on features whitened by EK-FAC."""
-POINTS = {"init": (1, 5), "early": (1,), "trained": (1, 5)}
+POINTS = {"init": (1, 5), "early": (1,), "trained": (1, 5), "both": (1,)}
 EARLY_EPOCHS = 2
 
 
@@ -68,9 +68,10 @@ def variant(task: str, point: str, count: int, preconditioner: str = "none") -> 
         tree["reduce"]["methods"] = ["grad_dot", "shapley"]
     if point == "trained":
         tree["model"]["adapters"] = [adapter(base, seed) for seed in range(count)]
-    elif point == "early":
+    elif point in ("early", "both"):
         few = base.train.model_copy(update={"epochs": EARLY_EPOCHS})
-        tree["model"]["adapters"] = [adapter(base.model_copy(update={"train": few}), 0, "early")]
+        early = [adapter(base.model_copy(update={"train": few}), 0, "early")]
+        tree["model"]["adapters"] = [adapter(base, 0), *early] if point == "both" else early
     return RunConfig.model_validate(tree)
 
 
@@ -97,7 +98,8 @@ def name_of(method: str, point: str, count: int) -> str:
     """Return the name of a method at a linearisation point."""
     if method in BASELINES or (point, count) == ("init", 1):
         return method
-    return f"{method}, early" if point == "early" else f"{method}, {count} {'inits' if point == 'init' else 'trained'}"
+    several = f"{count} {'inits' if point == 'init' else 'trained'}"
+    return f"{method}, {point if point in ('early', 'both') else several}"
 
 
 def ceiling(margins: np.ndarray) -> dict[str, float]:
@@ -133,6 +135,7 @@ def table(result: dict[str, Any]) -> str:
         "early": ", early",
         "1 adapter": ", 1 trained",
         "5 adapters": ", 5 trained",
+        "both": ", both",
     }
     lines = []
     for task, found in result["tasks"].items():
@@ -168,7 +171,7 @@ def main() -> None:
         rows, margins = load(task)
         found = {"seeds": len(margins), "subsets": len(rows.p), "queries": margins.shape[2], **ceiling(margins)}
         for point in options.points:
-            for count in POINTS[point]:
+            for count in POINTS[point] if task in TINY else (1,):
                 methods = {}
                 configs = [variant(task, point, count, preconditioner) for preconditioner in options.preconditioners]
                 for method, scores in chain.from_iterable(map(scores_of, configs)):

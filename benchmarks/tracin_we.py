@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._pages import fill
-from benchmarks.truth.margins import TASKS, load
+from benchmarks.truth.margins import TINY, load
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, load_config
 from llmattrib.data import load_examples, load_validation_examples
@@ -253,7 +253,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("halves", "deletion")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=TINY, default=TINY)
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--removed", nargs="+", type=int, default=REMOVED)
     options = parser.parse_args()

@@ -45,7 +45,7 @@ from bergson.data import load_scores
 
 from benchmarks.lds import POINTS, ceiling, figures, merge, name_of, variant, write_docs
 from benchmarks.peers.bergson_build import dataset
-from benchmarks.truth.margins import TASKS, load
+from benchmarks.truth.margins import TINY, load
 from llmattrib.config import RunConfig
 from llmattrib.data import Example, load_examples, load_validation_examples
 from llmattrib.evaluate.lds import lds
@@ -158,7 +158,7 @@ def scores_in(folder: Path) -> np.ndarray:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=TINY, default=TINY)
     parser.add_argument("--points", nargs="+", choices=list(POINTS), default=list(POINTS))
     options = parser.parse_args()
     for task in options.tasks:

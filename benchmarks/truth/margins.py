@@ -19,7 +19,9 @@ from llmattrib.games.subset_table import BANZHAF, SubsetRows, SubsetTable, pack,
 from llmattrib.retrain import MADE_BY
 
 HERE = Path(__file__).parent
-TASKS = ("sms", "facts")
+TINY = ("sms", "facts")
+"""Tasks of the 1M-parameter Llama."""
+TASKS = (*TINY, "smollm2")
 
 
 def path_of(task: str) -> Path:
