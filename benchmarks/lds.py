@@ -1,10 +1,11 @@
 """Linear datamodelling score of every method against models retrained on random halves of the data.
 
-    python -m benchmarks.lds [--tasks sms facts smollm2] [--points init early trained both] [--preconditioners none ekfac]
+    python -m benchmarks.lds [--tasks sms facts] [--points init early trained both] [--preconditioners none ekfac]
 
-Two tasks on a 1M-parameter Llama (benchmarks/truth/): SMS spam through two label tokens, where answers share no word
-with the messages, and factbook questions; and factbook questions on SmolLM2-135M, one model a point. Truth: benchmarks/truth/<task>_margins.npz, sub-models on random halves,
-mean over training seeds. Scores: exact gradients (no sketch), each method at its own defaults.
+Three tasks (benchmarks/truth/). On a 1M-parameter Llama: SMS spam through two label tokens, where answers share no word
+with the messages, and factbook questions. On SmolLM2-135M: factbook questions, with one model a point. Truth:
+benchmarks/truth/<task>_margins.npz, sub-models on random halves, mean over training seeds. Scores: exact gradients (no
+sketch), each method at its own defaults.
 
 Methods are named `method` (features at initialisation, one of them: the default), `method, k inits`, `method, early`
 (features at an adapter after a fine-tune of 2 epochs), `method, k trained` (features at k adapters trained with
