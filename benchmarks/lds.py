@@ -9,9 +9,10 @@ sketch), each method at its own defaults.
 
 Methods are named `method` (features at initialisation, one of them: the default), `method, k inits`, `method, early`
 (features at an adapter after a fine-tune of 2 epochs), `method, k trained` (features at k adapters trained with
-different seeds) and `method, both` (features at the early adapter and at a trained one together). `ekfac_influence` and
-`ekfac_shapley` are grad_dot and Shapley on features whitened by EK-FAC. Baselines are those of `llmattrib evaluate`,
-rows of bergson those of `benchmarks.peers.bergson_lds`.
+different seeds), `method, both` (features at the early adapter and at a trained one together) and `method,
+3 checkpoints` (features at three epochs of one fine-tune, evenly spaced). `ekfac_influence` and `ekfac_shapley` are
+grad_dot and Shapley on features whitened by EK-FAC. Baselines are those of `llmattrib evaluate`, rows of bergson those
+of `benchmarks.peers.bergson_lds`.
 `ceiling` is the score of the truth itself: one seed's margins against the mean of the others, sub-model by sub-model.
 Intervals are 95 %, over prompts and subsets. Adds to benchmarks/results/lds.json, task by task and name
 by name, and renders docs/choosing.md.
@@ -45,7 +46,7 @@ DEFAULT = "shapley"
 METHODS = ("shapley", "banzhaf", "leave_one_out", "influence", "trak", "datainf", "grad_dot", "grad_cos")
 WHITENED = {"grad_dot": "ekfac_influence", "shapley": "ekfac_shapley"}
 """Methods on features whitened by EK-FAC."""
-POINTS = {"init": (1, 5), "early": (1,), "trained": (1, 5), "both": (1,)}
+POINTS = {"init": (1, 5), "early": (1,), "trained": (1, 5), "both": (1,), "checkpoints": (3,)}
 EARLY_EPOCHS = 2
 
 
@@ -73,6 +74,9 @@ def variant(task: str, point: str, count: int, preconditioner: str = "none") -> 
         few = base.train.model_copy(update={"epochs": EARLY_EPOCHS})
         early = [adapter(base.model_copy(update={"train": few}), 0, "early")]
         tree["model"]["adapters"] = [adapter(base, 0), *early] if point == "both" else early
+    elif point == "checkpoints":
+        tree["train"]["checkpoints"] = count
+        train_adapter(RunConfig.model_validate(tree))
     return RunConfig.model_validate(tree)
 
 
@@ -99,7 +103,7 @@ def name_of(method: str, point: str, count: int) -> str:
     """Return the name of a method at a linearisation point."""
     if method in BASELINES or (point, count) == ("init", 1):
         return method
-    several = f"{count} {'inits' if point == 'init' else 'trained'}"
+    several = f"{count} {'inits' if point == 'init' else point}"
     return f"{method}, {point if point in ('early', 'both') else several}"
 
 
@@ -137,6 +141,7 @@ def table(result: dict[str, Any]) -> str:
         "1 adapter": ", 1 trained",
         "5 adapters": ", 5 trained",
         "both": ", both",
+        "3 checkpoints": ", 3 checkpoints",
     }
     lines = []
     for task, found in result["tasks"].items():
@@ -172,7 +177,7 @@ def main() -> None:
         rows, margins = load(task)
         found = {"seeds": len(margins), "subsets": len(rows.p), "queries": margins.shape[2], **ceiling(margins)}
         for point in options.points:
-            for count in POINTS[point] if task in TINY else (1,):
+            for count in POINTS[point] if task in TINY else POINTS[point][:1]:
                 methods = {}
                 configs = [variant(task, point, count, preconditioner) for preconditioner in options.preconditioners]
                 for method, scores in chain.from_iterable(map(scores_of, configs)):

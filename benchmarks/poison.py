@@ -1,6 +1,6 @@
 """Planted poison: do AME and permutation sampling find a few bad examples, and with how many subsets?
 
-    python -m benchmarks.poison [--games kernel retraining] [--sub-models 512]
+    python -m benchmarks.poison [--games kernel retraining taught] [--sub-models 512]
 
 Messages answered A (ham) or B (spam) on the 1M-parameter Llama; some of them are spam messages that end in
 "james bond" and have the answer A. The queries are 20 other spam messages that end so, with the answer A, which the
@@ -12,6 +12,9 @@ attribution design), random permutations at the same number of utilities (m util
 what needs neither: the mean field and tf-idf. The game is played centred, and as label words are by default.
 `retraining`: five poisons among 100, a real fine-tune for each subset (`llmattrib retrain`, resumes), AME after the
 first 64, 128, ... of them, beside permutations of the same number of fine-tunes.
+`taught`: the 30 of 160 facts that a prompt of the task `facts` paraphrases; from the first of the committed sub-models
+of seed 0 (benchmarks/truth/, random halves), AME and the difference of means (MSR Banzhaf), beside a permutation, which
+is 161 fine-tunes of its own. Recall is the share of prompts whose highest value is that of the fact that taught them.
 Writes benchmarks/results/poison.json and docs/choosing.md.
 """
 
@@ -25,10 +28,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks._pages import fill
+from benchmarks.truth import margins
 from benchmarks.truth.tasks import rows_of
 from llmattrib.build import build_features
-from llmattrib.config import RunConfig, validate_config
+from llmattrib.config import RunConfig, load_config, validate_config
+from llmattrib.estimators.ame import AmeRegression
+from llmattrib.estimators.one_sample import msr_banzhaf
 from llmattrib.evaluate.scores import BASELINES, baseline_scores
+from llmattrib.games.subset_table import SubsetRows
 from llmattrib.query import Run
 from llmattrib.reduce import reduce_run
 from llmattrib.retrain import game_inputs, load_game, retrain
@@ -42,6 +49,8 @@ FOLDER = Path("runs/poison")
 NUM_QUERIES = 20
 TRIGGER = " james bond"
 BUDGETS = (100, 200, 400, 800)
+SUB_MODELS = (25, 50, 100, 200)
+NUM_TAUGHT = 30
 STEP = 64  # sub-models between two looks
 
 
@@ -151,25 +160,49 @@ def retraining_game(num_sub_models: int) -> dict[str, dict[str, float]]:
         )
     ids, marginals = permuted(config, num_sub_models // RETRAINED.num_examples)
     for count in range(1, len(marginals) + 1):
-        recall = RETRAINED.recall(marginals[:count].mean(axis=0), is_poison(ids))
+        recall = RETRAINED.recall(marginals[:count].mean(axis=(0, 2)), is_poison(ids))
         found["permutation"][str(count * RETRAINED.num_examples)] = recall
     print(found, flush=True)
     return found
 
 
+def taught() -> dict[str, dict[str, float]]:
+    """Recall of the fact that taught an answer, against the number of sub-models."""
+    config = load_config(Path(margins.__file__).parent / "facts.yaml")
+    ids, marginals = permuted(config, 1)
+    queries = [json.loads(line)["id"] for line in Path(str(config.values.data)).read_text().splitlines()]
+    wanted = np.array([ids.index(name) for name in queries[:NUM_TAUGHT]])
+
+    def recall(values: np.ndarray) -> float:
+        return round(float((values[:, :NUM_TAUGHT].argmax(axis=0) == wanted).mean()), 4)
+
+    table, by_seed = margins.load("facts")
+    found: dict[str, dict[str, float]] = {"ame_lasso": {}, "msr_banzhaf": {}}
+    for count in SUB_MODELS:
+        part = slice(count)
+        rows = SubsetRows(table.design, 0, table.members[part], table.p[part], table.draw[part], by_seed[0][part])
+        found["ame_lasso"][str(count)] = recall(AmeRegression().init(rows).values)
+        found["msr_banzhaf"][str(count)] = recall(msr_banzhaf(rows).values)
+    found["permutation"] = {str(len(ids) + 1): recall(marginals[0])}
+    print(found, flush=True)
+    return found
+
+
 def permuted(config: RunConfig, num_permutations: int) -> tuple[list[str], np.ndarray]:
-    """Return the ids, and the marginal contributions along each permutation; kept from one call to the next."""
+    """Return ids, and marginals [k, n, q] along each permutation; utilities are kept from one call to the next."""
     examples, queries, _ = game_inputs(config)
     ids, game, found = [example.id for example in examples.examples], load_game(config, examples, queries), []
     for number in range(num_permutations):
-        path = Path(config.run_dir) / f"permutation{number}.npy"
+        path = Path(config.run_dir) / f"utilities_of_permutation{number}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
         order = stream(0, "benchmark", "poison", number).permutation(len(ids))
         if not path.exists():
             prefixes = np.array([np.isin(np.arange(len(ids)), order[:size]) for size in range(len(ids) + 1)])
-            np.save(path, game.worth(prefixes, config.seed).mean(axis=1))
+            np.save(path, game.worth(prefixes, config.seed))
             print(f"permutation {number + 1} of {num_permutations}", flush=True)
-        marginals = np.empty(len(ids))
-        marginals[order] = np.diff(np.load(path))
+        utilities = np.load(path)
+        marginals = np.empty((len(ids), utilities.shape[1]))
+        marginals[order] = np.diff(utilities, axis=0)
         found.append(marginals)
     return ids, np.array(found)
 
@@ -188,12 +221,15 @@ def table(result: dict[str, Any]) -> str:
             f"| {name} | " + " | ".join(f"{np.mean(result['kernel'][game][name]):.2f}" for game in games) + " |"
         )
     lines += [f"| {name} | {np.mean(found):.2f} | |" for name, found in result["kernel"]["no game"].items()]
-    if "retraining" in result:
-        lines += ["", f"{RETRAINED.num_poisons} poisons among {RETRAINED.num_examples}, sub-models:", ""]
-        lines += ["| sub-models | AME | permutations |", "|---|---|---|"]
-        counts = sorted({int(count) for part in result["retraining"].values() for count in part})
-        for count in counts:
-            cells = [result["retraining"][name].get(str(count)) for name in ("ame_lasso", "permutation")]
+    titles = {
+        "retraining": f"{RETRAINED.num_poisons} poisons among {RETRAINED.num_examples}, sub-models:",
+        "taught": f"The fact among 160 that taught an answer, {NUM_TAUGHT} prompts, sub-models:",
+    }
+    for game in (game for game in titles if game in result):
+        names = list(result[game])
+        lines += ["", titles[game], "", "| sub-models | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for count in sorted({int(count) for part in result[game].values() for count in part}):
+            cells = [result[game][name].get(str(count)) for name in names]
             lines.append(f"| {count} | " + " | ".join("" if cell is None else f"{cell:.2f}" for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -206,7 +242,7 @@ def write_docs() -> None:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    games = ("kernel", "retraining")
+    games = ("kernel", "retraining", "taught")
     parser.add_argument("--games", nargs="+", choices=games, default=games)
     parser.add_argument("--sub-models", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=3)
@@ -219,6 +255,9 @@ def main() -> None:
     if "retraining" in options.games:
         RETRAINED.write()
         tree["retraining"] = retraining_game(options.sub_models)
+        RESULT.write_text(json.dumps(tree, indent=1) + "\n")
+    if "taught" in options.games:
+        tree["taught"] = taught()
         RESULT.write_text(json.dumps(tree, indent=1) + "\n")
     write_docs()
 
