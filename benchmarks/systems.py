@@ -40,7 +40,8 @@ def ame() -> str:
     share = np.mean(found["kernel"]["centred"]["ame_lasso, 800"])
     text = f"finds {share:.0%} of ten poisons among 400 examples from 800 subsets of the kernel game"
     count, recall = max(found["retraining"]["ame_lasso"].items(), key=lambda item: int(item[0]))
-    return f"{text}; {recall:.0%} of five among 100 from {count} real sub-models"
+    text += f"; from real sub-models {recall:.0%} of five among 100 ({count} of them)"
+    return f"{text}, and {found['taught']['ame_lasso']['100']:.0%} of the facts among 160 that taught an answer (100)"
 
 
 def tracin_we() -> str:
