@@ -10,7 +10,7 @@ sketch), each method at its own defaults.
 Methods are named `method` (features at initialisation, one of them: the default), `method, k inits`, `method, early`
 (features at an adapter after a fine-tune of 2 epochs), `method, k trained` (features at k adapters trained with
 different seeds), `method, both` (features at the early adapter and at a trained one together) and `method,
-3 checkpoints` (features at three epochs of one fine-tune, evenly spaced). `ekfac_influence` and `ekfac_shapley` are
+k checkpoints` (features at k epochs of one fine-tune, evenly spaced). `ekfac_influence` and `ekfac_shapley` are
 grad_dot and Shapley on features whitened by EK-FAC. Baselines are those of `llmattrib evaluate`, rows of bergson those
 of `benchmarks.peers.bergson_lds`.
 `ceiling` is the score of the truth itself: one seed's margins against the mean of the others, sub-model by sub-model.
@@ -46,7 +46,7 @@ DEFAULT = "shapley"
 METHODS = ("shapley", "banzhaf", "leave_one_out", "influence", "trak", "datainf", "grad_dot", "grad_cos")
 WHITENED = {"grad_dot": "ekfac_influence", "shapley": "ekfac_shapley"}
 """Methods on features whitened by EK-FAC."""
-POINTS = {"init": (1, 5), "early": (1,), "trained": (1, 5), "both": (1,), "checkpoints": (3,)}
+POINTS = {"init": (1, 5), "early": (1,), "trained": (1, 5), "both": (1,), "checkpoints": (3, 5)}
 EARLY_EPOCHS = 2
 
 
@@ -142,6 +142,7 @@ def table(result: dict[str, Any]) -> str:
         "5 adapters": ", 5 trained",
         "both": ", both",
         "3 checkpoints": ", 3 checkpoints",
+        "5 checkpoints": ", 5 checkpoints",
     }
     lines = []
     for task, found in result["tasks"].items():
