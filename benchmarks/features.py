@@ -27,8 +27,9 @@ ours is quicker, and where there are several cases the lowest of them:
 
     ratio_to_forward_backward  `smollm2`: ours_trained to plain in smollm2_r8 and smollm2_r16; `tiny`: in tiny_r8
     ratio_to_bergson           ours_trained to, `default`: bergson_p16 in smollm2_r8 and smollm2_r16; `default_tiny`:
-                               bergson_p16 in tiny_r8; `equal_dims`: bergson_joint, all entries together, in tiny_r8 and
-                               smollm2_r8_joint; `equal_dims_per_module`: bergson_p3 in smollm2_r8
+                               bergson_p16 in tiny_r8; `equal_dims`: bergson_joint, all entries together, in
+                               smollm2_r8_joint; `equal_dims_tiny`: bergson_joint in tiny_r8; `equal_dims_per_module`:
+                               bergson_p3 in smollm2_r8
     ratio_to_batch_of_one      ours_trained in tiny_r8 to, `tiny`: batch_of_one; `tiny_projected`: less
 
 and with `_init` at the end the same of ours_init.
@@ -240,7 +241,8 @@ def summary(cases: dict[str, Any]) -> dict[str, Any]:
         "ratio_to_bergson": named(
             default=lowest("bergson_p16", *smollm2),
             default_tiny=lowest("bergson_p16", "tiny_r8"),
-            equal_dims=lowest("bergson_joint", "smollm2_r8_joint", "tiny_r8"),
+            equal_dims=lowest("bergson_joint", "smollm2_r8_joint"),
+            equal_dims_tiny=lowest("bergson_joint", "tiny_r8"),
             equal_dims_per_module=lowest("bergson_p3", "smollm2_r8"),
         ),
         "ratio_to_batch_of_one": named(
