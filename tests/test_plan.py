@@ -1,8 +1,6 @@
 """Plans against what really happens: counts, FLOPs, files and memory."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+from benchmarks._peak import measured_peak
 from llmattrib.build import build_features
 from llmattrib.cli import app
 from llmattrib.config import RunConfig, load_config, validate_config
@@ -190,53 +189,6 @@ def test_storage_of_a_larger_store_is_within_one_per_cent(tmp_path: Path, kind: 
 def test_the_columns_of_the_features_are_those_of_build(tmp_path: Path) -> None:
     config = tiny_run(tmp_path)
     assert cost.features_manifest(config, 10, 8).columns == COLUMNS
-
-
-MEASURE = """
-import json, sys, threading, time
-import torch
-import transformers.models.llama.modeling_llama
-from llmattrib.extraction import load_extractor
-from llmattrib.config import load_config
-from llmattrib.encoding import Encoded
-from llmattrib.features.sketch import Sketch
-
-torch.set_num_threads(1)
-path, count, width, completion = sys.argv[1], *map(int, sys.argv[2:])
-peak, done = 0, False
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident())
-        time.sleep(0.001)
-
-config, before = load_config(path), resident()
-threading.Thread(target=watch, daemon=True).start()
-extractor = load_extractor(config)
-examples = [Encoded((5,) * (width - (k > 0)), width - (k > 0) - completion // count, -1) for k in range(count)]
-sketch = Sketch(extractor.plan("oporp", 0, config.features.sketch.dim, [examples[:1]]))
-for _ in range(2):
-    extractor.extract(examples, sketch)
-done = True
-print(json.dumps({"peak": peak - before}))
-"""
-
-
-RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-"""Makes glibc give freed blocks back, so that bytes alive are measured and not the history of the heap."""
-
-
-def measured_peak(config_file: Path, batch: BatchShape, allocator: dict[str, str] = RETURNING) -> int:
-    """Peak resident bytes of a process over what its imports take, while a batch becomes features."""
-    shape = [str(number) for number in (batch.num_examples, batch.width, batch.num_completion)]
-    env = os.environ | allocator
-    command = [sys.executable, "-c", MEASURE, str(config_file), *shape]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=env).stdout
-    return int(json.loads(out)["peak"])
 
 
 def small_llama(folder: Path) -> str:
