@@ -22,6 +22,7 @@ from tiny import tiny_run
 
 from llmattrib.config import config_to_yaml
 from llmattrib.index import build_index
+from llmattrib.plan.cost import features_manifest
 from llmattrib.reduce import reduce_run
 from llmattrib.signals import EXIT_CODE as STOPPED
 from llmattrib.store import RowStore
@@ -365,8 +366,9 @@ def test_a_disk_that_fills_up_commits_nothing_broken(zygote, base, tmp_path, dis
 
 @pytest.mark.slow
 def test_a_disk_that_is_too_small_is_refused_before_the_first_row(zygote, base, tmp_path, disk):
-    subprocess.run(["mount", "-o", "remount,size=16k", disk], check=True)
-    place = Place(zygote, base, tmp_path, disk / "run")
+    subprocess.run(["mount", "-o", "remount,size=32k", disk], check=True)
+    place = Place(zygote, changed(base, features={"dtype": "float32"}), tmp_path, disk / "run")
+    assert features_manifest(place.config, NUM_ROWS, place.config.features.sketch.dim).num_bytes > 1 << 15
     code, printed = place.run("build")
     assert code == 2
     assert re.search(r"needs [\d.]+ GB more and [\d.]+ GB are free", " ".join(printed.split()))
