@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from benchmarks import (
+    choices,
     ensembles,
     evaluation,
     gold,
@@ -70,7 +71,7 @@ def test_the_tables_of_the_kernel_game_are_rendered_from_the_result() -> None:
 
 
 def test_the_tables_of_choosing_are_rendered_from_the_results() -> None:
-    for benchmark in (lds, poison, ensembles):
+    for benchmark in (lds, poison, ensembles, choices):
         text = benchmark.PAGE.read_text(encoding="utf-8")
         found = text.partition(benchmark.BEGIN)[2].partition(benchmark.END)[0]
         assert found == benchmark.table(json.loads(benchmark.RESULT.read_text()))
