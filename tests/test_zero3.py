@@ -23,7 +23,7 @@ PERSISTENT = 1000
 
 # Builds some runs and notes what their parameters look like between passes.
 PROBE = """
-import json, sys
+import gc, json, sys
 from pathlib import Path
 from llmattrib import build
 from llmattrib.build import build_features
@@ -50,6 +50,9 @@ for run in sys.argv[2:]:
         "done": result.num_shards_done,
     }
     Path(sys.argv[1], f"{Path(run).stem}-{team.rank}.json").write_text(json.dumps(found))
+    extractors.clear()  # as after `llmattrib build`: process groups that live on at the interpreter's end may abort it
+    del extractor, parameters
+    gc.collect()
 """
 
 
