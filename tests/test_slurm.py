@@ -335,6 +335,17 @@ def requeued(cluster: Cluster, number: str, log: str) -> None:
     cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now+3")
 
 
+def test_the_slow_disk_is_slow(tmp_path: Path) -> None:
+    code = "import sys, time; from llmattrib.commits import commit; import numpy as np; began = time.monotonic(); "
+    code += "commit(sys.argv[1], 0, np.ones(3)); print(time.monotonic() - began)"
+    store = tmp_path / "features.zarr"
+    (store / "commits").mkdir(parents=True)
+    environment = os.environ | {"PYTHONPATH": f"{SLOW_DISK}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", code, str(store)]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert float(out) >= 1
+
+
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_a_chain_that_loses_a_node_and_is_warned_ends_with_the_bytes_of_a_local_run(
