@@ -19,8 +19,6 @@ Writes benchmarks/results/end_to_end.json, a case at a time; `benchmarks.render`
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._process import measured
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, validate_config
 from llmattrib.data import Example
@@ -161,13 +160,10 @@ def main() -> None:
         return
     for case in arguments.cases:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "benchmarks.end_to_end", "--work", folder, case]
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
-        measured = json.loads(done.stdout.splitlines()[-1])
+            found = measured("end_to_end", folder, case)
         kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        RESULT.write_text(json.dumps({**kept, case: measured}, indent=2) + "\n")
-        print(json.dumps(measured, indent=2), flush=True)
+        RESULT.write_text(json.dumps({**kept, case: found}, indent=2) + "\n")
+        print(json.dumps(found, indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,14 @@ Writes benchmarks/results/memory.json, a process at a time; `benchmarks.render` 
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks._process import measured
 from benchmarks.reduce import peak_bytes
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, validate_config
@@ -116,14 +114,11 @@ def main() -> None:
     if arguments.work:
         print(json.dumps(work(Path(arguments.work[0]), arguments.work[1])))
         return
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for num_rows in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
             write_messages(Path(folder), num_rows)
             for stage in arguments.stages:
-                command = [sys.executable, "-m", "benchmarks.memory", "--work", folder, stage]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
-                figures = json.loads(done.stdout.splitlines()[-1])
+                figures = measured("memory", folder, stage)
                 print(num_rows, stage, figures, flush=True)
                 keep(num_rows, stage, figures)
 

@@ -1,0 +1,18 @@
+"""Figures of a benchmark's work in a process of its own, so that memory and imports of one piece are not another's."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).parents[1]
+
+
+def measured(module: str, folder: str, name: str) -> Any:
+    """Run `python -m benchmarks.MODULE --work FOLDER NAME` on one thread; return the JSON that it prints last."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--work", folder, name]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+    return json.loads(done.stdout.splitlines()[-1])
