@@ -3,15 +3,19 @@
     python -m benchmarks [NAME ...]
 
 A name is a module of this folder, `peers.bergson_lds` among them; without names all run, which takes hours. A failed
-one is named at the end and the others run. Each is a process of its own, one thread, no GPU, no network.
+one is named at the end and the others run. Each is a process of its own, one thread, no GPU, no network. What each took
+goes to benchmarks/results/durations.json.
 """
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+DURATIONS = HERE / "results" / "durations.json"
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -29,6 +33,15 @@ def names() -> list[str]:
     return [path.stem for path in scripts if path.stem != "render"] + list(LAST)
 
 
+def record(name: str, wall: float, before: os.times_result) -> None:
+    """Write what a benchmark took beside what the others did."""
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    found = json.loads(DURATIONS.read_text("utf-8")) if DURATIONS.exists() else {}
+    found[name] = {"cpu_minutes": round(cpu / 60, 1), "wall_minutes": round(wall / 60, 1)}
+    DURATIONS.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Run what is asked for."""
     asked = sys.argv[1:] or names()
@@ -39,8 +52,11 @@ def main() -> None:
     for name in asked:
         print(f"== {name}", flush=True)
         command = [sys.executable, "-m", f"benchmarks.{name}"]
+        began, before = time.perf_counter(), os.times()
         if subprocess.run(command, cwd=HERE.parent, env=os.environ | ENVIRONMENT).returncode:
             failed.append(name)
+        else:
+            record(name, time.perf_counter() - began, before)
     subprocess.run([sys.executable, "-m", "benchmarks.render"], cwd=HERE.parent, check=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
