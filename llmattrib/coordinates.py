@@ -1,4 +1,4 @@
-"""Coordinates in which every part of a representer weighs alike on a query: what the codes of a `scan` index are of.
+"""Coordinates in which every part of a representer weighs alike on a query: those that `scan` and `ivfpq` code.
 
 A code replaces a representer v by v + e, which makes the value <q, v> of a query wrong by <q, e>. With S = E[q q^T],
 
@@ -19,8 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from llmattrib.config import RunConfig
+from llmattrib.reader import check_made_from
+from llmattrib.rng import stream
 from llmattrib.scorers.gradient import unit_rows
 from llmattrib.store import RowStore
+from llmattrib.words import METHOD as WORDS
+from llmattrib.words import open_words
 
 FLOOR = 1e-3
 
@@ -87,7 +92,11 @@ def second_moments(
 
 
 def balance(
-    moments: Float[np.ndarray, "c p p"], rows: Float[np.ndarray, "m c p"], tail: float, random: np.random.Generator
+    moments: Float[np.ndarray, "c p p"],
+    rows: Float[np.ndarray, "m c p"],
+    tail: float,
+    multiple: int,
+    random: np.random.Generator,
 ) -> Coordinates:
     """Choose the coordinates.
 
@@ -95,10 +104,8 @@ def balance(
         moments: E[q q^T] of each output.
         rows: a sample of representers.
         tail: share of E <q, v>^2 that may be dropped.
+        multiple: of which k is to be one; what that takes beyond c * p is zero.
         random: draws the rotation.
-
-    Returns:
-        Coordinates of k dimensions, an even number: a last one may be zero.
     """
     dim = rows.shape[1] * rows.shape[2]
     values, axes = np.linalg.eigh(moments)
@@ -110,12 +117,41 @@ def balance(
         gram += moved.T @ moved
     energy, principal = np.linalg.eigh(gram)
     left = np.cumsum(np.maximum(energy, 0))  # smallest first
-    num_dropped = int(np.searchsorted(left, tail * left[-1], side="right"))
+    needed = dim - (int(np.searchsorted(left, tail * left[-1], side="right")) if tail else 0)
+    width = -(-needed // multiple) * multiple
+    num_dropped = max(dim - width, 0)
     kept = principal[:, num_dropped:]
-    turned = kept @ np.linalg.qr(random.standard_normal((kept.shape[1], kept.shape[1])))[0]
-    if turned.shape[1] % 2:
-        turned = np.concatenate([turned, np.zeros((dim, 1))], axis=1)
+    turned = np.zeros((dim, width))
+    turned[:, : dim - num_dropped] = kept @ np.linalg.qr(random.standard_normal((kept.shape[1], kept.shape[1])))[0]
     parts = turned.reshape(*rows.shape[1:], -1)
     of_rows, of_queries = (np.matmul(root, parts).reshape(dim, -1).astype(np.float32) for root in (roots, inverses))
     dropped = left[num_dropped - 1] / left[-1] if num_dropped else 0.0
     return Coordinates(of_rows, of_queries, float(dropped))
+
+
+def coordinates_of(
+    config: RunConfig, representers: RowStore, sample: Float[np.ndarray, "m d"], most: int, tail: float, multiple: int
+) -> Coordinates:
+    """Choose the coordinates of the representers of a run.
+
+    Args:
+        config: the run.
+        representers: all of them, of one method.
+        sample: some of them.
+        most: features to read.
+        tail: share of E <q, v>^2 that may be dropped.
+        multiple: of which k is to be one.
+
+    Raises:
+        StoreNotFoundError: the features they are of are gone.
+        StaleIndexError: they are of other features than are there.
+    """
+    is_of_words = representers.manifest.info["method"] == WORDS
+    features = open_words(config) if is_of_words else RowStore.open(config.layout.features)
+    features.require_complete()
+    check_made_from(representers, features)
+    queries = stream(config.seed, "index", "queries")
+    of_queries = representers if is_of_words else features  # of words, a query's sketch is made as representers are
+    moments = second_moments(of_queries, Transform.of(representers), most, queries)
+    rows = sample.reshape(-1, representers.manifest.num_outputs, representers.manifest.dim)
+    return balance(moments, rows, tail, multiple, stream(config.seed, "index", "rotation"))

@@ -5,16 +5,16 @@
                                 the training set, the denominator of a share, is read off them
     index/<method>.json         written last: digest of the representers, kind, sizes, checksums of the two files
 
-`flat` is exact and holds the vectors themselves. `scan` holds them beside codes of 2 bits a coordinate (see
-coordinates.py); a search reads all codes and then the vectors of the `scan_candidates` best, so its values are exact.
-`hnsw` holds the vectors beside a graph. `ivfpq` holds codes of `pq_subquantizers` bytes a row and no vectors; its
-candidates are rescored with the stored representers. The most harmful examples are the search with the negated query.
-All are built with fixed seeds, one thread where the order of work would show, so the same representers give the same
-bytes. Which kind to take, with figures: docs/architecture.md.
+`flat` is exact and holds the vectors themselves. `scan` and `ivfpq` hold codes of the coordinates of coordinates.py.
+Those of `scan` are of 2 bits a coordinate and lie beside the vectors; a search reads all codes and then the vectors of
+the `candidates` best, so its values are exact. Those of `ivfpq` are of `pq_subquantizers` bytes a row, in lists, with
+no vectors; its candidates are rescored with the stored representers. `hnsw` holds the vectors beside a graph. The most
+harmful examples are the search with the negated query. All are built with fixed seeds, one thread where the order of
+work would show, so the same representers give the same bytes. Which kind to take, with figures: docs/architecture.md.
 
 Limits: building holds what the index holds (all but ivfpq: n * c * p * 4 bytes); training of scan and ivfpq holds
-65,536 rows, or 256 for each list. Vectors are mapped from a local file and not held when it is searched. A GPU build
-of faiss searches `flat` and `ivfpq` on the GPUs, up to 2,048 hits.
+65,536 rows, or 256 for each list if that is more. Vectors are mapped from a local file and not held when it is
+searched. A GPU build of faiss searches `flat` and `ivfpq` on the GPUs, up to 2,048 hits.
 This module alone imports faiss.
 Source: Douze et al., The Faiss library (2024), arXiv 2401.08281; Andre, Kermarrec and Le Scouarnec, Accelerated
 nearest neighbor search with Quick ADC (2017), arXiv 1704.07355.
@@ -33,7 +33,7 @@ from jaxtyping import Float, Int
 
 from llmattrib import storage
 from llmattrib.config import RunConfig
-from llmattrib.coordinates import Transform, balance, second_moments
+from llmattrib.coordinates import coordinates_of
 from llmattrib.errors import ConfigError, CorruptShardError, StoreNotFoundError
 from llmattrib.index_record import (
     PQ_BITS,
@@ -50,12 +50,9 @@ from llmattrib.index_record import (
 from llmattrib.layout import RunLayout
 from llmattrib.lock import locked
 from llmattrib.progress import Progress, silent
-from llmattrib.reader import check_made_from
 from llmattrib.rng import stream
 from llmattrib.sections import IndexConfig, Method
 from llmattrib.store import RowStore
-from llmattrib.words import METHOD as WORDS
-from llmattrib.words import open_words
 
 try:
     import faiss
@@ -68,10 +65,9 @@ except ImportError as missing:
 
 SAMPLE_ROWS = 4096
 MAX_POINTS_PER_CENTROID = 256  # and draws this many above it
-RESCORED = 4  # candidates rescored for each hit of an ivfpq search
-MAX_GPU_HITS = 2048
-SCAN_TRAINING_ROWS = 65_536
-CANDIDATES_PER_HIT = 20  # at least, rescored by a scan
+MAX_GPU_HITS = 2048  # and lists probed
+TRAINING_ROWS = 65_536
+CANDIDATES_PER_HIT = 20  # at least
 
 
 class VectorIndex:
@@ -83,7 +79,9 @@ class VectorIndex:
         self._index, self._kind, self._config = index, kind, config
         self._representers, self._sample = representers, sample
         self._gpu_index = None
-        if kind in ("flat", "ivfpq") and faiss.get_num_gpus() > 0:
+        if kind == "ivfpq":
+            faiss.extract_index_ivf(index).nprobe = min(config.ivf_probes, config.ivf_lists)
+        if kind in ("flat", "ivfpq") and faiss.get_num_gpus() > 0 and config.ivf_probes <= MAX_GPU_HITS:
             options = faiss.GpuMultipleClonerOptions()
             options.shard = True
             self._gpu_index = faiss.index_cpu_to_all_gpus(index, options)
@@ -134,6 +132,9 @@ class VectorIndex:
         read = [self._representers.read(row, row + 1).reshape(1, -1) for row in rows.tolist()]
         return np.concatenate([np.empty((0, self.dim), np.float32), *read])
 
+    def _num_candidates(self, k: int) -> int:
+        return min(max(self._config.candidates, CANDIDATES_PER_HIT * k), self.num_rows)
+
     def sum_of_magnitudes(self, queries: Float[np.ndarray, "q d"]) -> Float[np.ndarray, " q"]:
         """Return the sum of |inner product| over all examples, estimated from a fixed sample above 4,096 of them."""
         scale = self.num_rows / len(self._sample)
@@ -142,8 +143,8 @@ class VectorIndex:
 
     def _best(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the k largest inner products and their rows, in order."""
-        candidates = min(RESCORED * k, self.num_rows) if self._kind == "ivfpq" else k
-        scores, rows = self._search(np.ascontiguousarray(queries, dtype=np.float32), candidates)
+        wanted = self._num_candidates(k) if self._kind == "ivfpq" else k
+        scores, rows = self._search(np.ascontiguousarray(queries, dtype=np.float32), wanted)
         if self._kind == "ivfpq":
             scores = self._rescore(queries, rows)
         scores[rows < 0] = -np.inf
@@ -156,12 +157,10 @@ class VectorIndex:
             return scores, rows
         parameters = None
         if self._kind == "scan":
-            candidates = min(max(self._config.scan_candidates, CANDIDATES_PER_HIT * k), self.num_rows)
-            parameters = faiss.IndexRefineSearchParameters(k_factor=(candidates + 0.5) / k)  # faiss rounds down
+            factor = (self._num_candidates(k) + 0.5) / k  # faiss rounds down
+            parameters = faiss.IndexRefineSearchParameters(k_factor=factor)
         elif self._kind == "hnsw":
             parameters = faiss.SearchParametersHNSW(efSearch=max(self._config.hnsw_ef_search, k))
-        elif self._kind == "ivfpq":
-            parameters = faiss.SearchParametersIVF(nprobe=self._config.ivf_probes)
         scores, rows = self._index.search(queries, k, params=parameters)
         return scores, rows
 
@@ -264,14 +263,11 @@ def _fill(kind: Kind, store: RowStore, config: RunConfig, progress: Progress) ->
     sampled = _draw(config.seed, "shares", num_rows, SAMPLE_ROWS)
     sample = np.empty((len(sampled), dim), np.float32)
     with _one_thread():
-        if kind == "scan":
-            index, add = _empty_scan(store, config)
+        if kind in ("scan", "ivfpq"):
+            index, add = _empty_coded(kind, store, config)
         else:
-            index = _empty_index(kind, config.index, dim, config.seed)
+            index = _empty_whole(kind, config.index, dim)
             add = index.add
-        if kind == "ivfpq":
-            most = MAX_POINTS_PER_CENTROID * max(config.index.ivf_lists, 1 << PQ_BITS)
-            index.train(_gather(store, _draw(config.seed, "training", num_rows, most)))
         for start, rows in store.blocks():
             vectors = np.ascontiguousarray(rows.reshape(len(rows), -1))
             add(vectors)
@@ -281,39 +277,29 @@ def _fill(kind: Kind, store: RowStore, config: RunConfig, progress: Progress) ->
     return index, sample
 
 
-def _empty_scan(store: RowStore, config: RunConfig) -> tuple[Any, Callable[[np.ndarray], None]]:
+def _empty_coded(kind: Kind, store: RowStore, config: RunConfig) -> tuple[Any, Callable[[np.ndarray], None]]:
     """Return a trained index without rows, and what adds rows to it.
 
     Queries are mapped by the index itself; rows have another map, so they are added to its parts.
     """
-    num_rows, outputs, dim = store.manifest.num_rows, store.manifest.num_outputs, store.manifest.dim
-    is_of_words = store.manifest.info["method"] == WORDS
-    features = open_words(config) if is_of_words else RowStore.open(config.layout.features)
-    features.require_complete()
-    check_made_from(store, features)
-    moments = second_moments(
-        store if is_of_words else features,  # a query's sketch is made as the representers are
-        Transform.of(store),
-        SCAN_TRAINING_ROWS,
-        stream(config.seed, "index", "queries"),
-    )
-    sample = _gather(store, _draw(config.seed, "training", num_rows, SCAN_TRAINING_ROWS))
-    rotation = stream(config.seed, "index", "rotation")
-    maps = balance(moments, sample.reshape(-1, outputs, dim), config.index.scan_tail, rotation)
-    width = maps.of_rows.shape[1]
-    codes = faiss.IndexPQFastScan(width, width // 2, SCAN_BITS, faiss.METRIC_INNER_PRODUCT)
-    codes.pq.cp.seed = int(stream(config.seed, "index", "k-means").integers(1, 1 << 30))
+    most = max(TRAINING_ROWS, MAX_POINTS_PER_CENTROID * config.index.ivf_lists if kind == "ivfpq" else 0)
+    sample = _gather(store, _draw(config.seed, "training", store.manifest.num_rows, most))
+    multiple = 2 if kind == "scan" else config.index.pq_subquantizers
+    maps = coordinates_of(config, store, sample, TRAINING_ROWS, config.index.tail, multiple)
+    dim, width = maps.of_rows.shape
+    codes = _empty_codes(kind, config.index, width, config.seed)
     codes.train(np.matmul(sample, maps.of_rows))
-    turn = faiss.LinearTransform(outputs * dim, width, False)
+    turn = faiss.LinearTransform(dim, width, False)
     faiss.copy_array_to_vector(np.ascontiguousarray(maps.of_queries.T).ravel(), turn.A)
     turn.is_trained = True
-    coded, vectors = faiss.IndexPreTransform(turn, codes), faiss.IndexFlatIP(outputs * dim)
-    index = faiss.IndexRefine(coded, vectors)
+    coded = faiss.IndexPreTransform(turn, codes)
+    index = faiss.IndexRefine(coded, faiss.IndexFlatIP(dim)) if kind == "scan" else coded
 
     def add(rows: np.ndarray) -> None:
         codes.add(np.matmul(rows, maps.of_rows))
-        vectors.add(rows)
-        coded.ntotal = index.ntotal = vectors.ntotal
+        if kind == "scan":
+            index.refine_index.add(rows)
+        coded.ntotal = index.ntotal = codes.ntotal
 
     return index, add
 
@@ -333,18 +319,25 @@ def _gather(store: RowStore, wanted: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _empty_index(kind: Kind, config: IndexConfig, dim: int, seed: int) -> Any:
+def _empty_whole(kind: Kind, config: IndexConfig, dim: int) -> Any:
     if kind == "flat":
         return faiss.IndexFlatIP(dim)
-    if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(dim, config.hnsw_neighbors, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = config.hnsw_ef_construction
-        return index
-    index = faiss.IndexIVFPQ(
-        faiss.IndexFlatIP(dim), dim, config.ivf_lists, config.pq_subquantizers, PQ_BITS, faiss.METRIC_INNER_PRODUCT
-    )
-    index.cp.seed = index.pq.cp.seed = int(stream(seed, "index", "k-means").integers(1, 1 << 30))
+    index = faiss.IndexHNSWFlat(dim, config.hnsw_neighbors, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = config.hnsw_ef_construction
     return index
+
+
+def _empty_codes(kind: Kind, config: IndexConfig, width: int, seed: int) -> Any:
+    random = int(stream(seed, "index", "k-means").integers(1, 1 << 30))
+    if kind == "scan":
+        codes = faiss.IndexPQFastScan(width, width // 2, SCAN_BITS, faiss.METRIC_INNER_PRODUCT)
+        codes.pq.cp.seed = random
+        return codes
+    lists, size = config.ivf_lists, config.pq_subquantizers
+    codes = faiss.IndexIVFPQ(faiss.IndexFlatIP(width), width, lists, size, PQ_BITS, faiss.METRIC_INNER_PRODUCT)
+    codes.cp.seed = codes.pq.cp.seed = random
+    codes.cp.spherical = False  # faiss makes centroids of unit length for inner products; residuals are then no shorter
+    return codes
 
 
 @contextmanager

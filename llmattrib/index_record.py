@@ -9,21 +9,21 @@ from llmattrib.errors import ConfigError, StaleIndexError
 from llmattrib.sections import IndexConfig, Method
 from llmattrib.store import RowStore
 
-SCHEMA = 2
+SCHEMA = 3
 Kind = Literal["flat", "scan", "hnsw", "ivfpq"]
 FLAT_BELOW = 100_000
 """`auto` is `flat` with fewer rows: reading 10^5 x 512 numbers takes 10 to 20 ms."""
-MAX_SCAN_DIM = 8192
-"""Coordinates of a scan index are found by the eigenvectors of a [d, d] matrix."""
+MAX_CODED_DIM = 8192
+"""Coordinates of scan and ivfpq are found by the eigenvectors of a [d, d] matrix."""
 POINTS_PER_CENTROID = 39
 """faiss warns below this many training rows for each k-means centroid."""
 PQ_BITS, SCAN_BITS = 8, 4
 """Of a code of ivfpq and of scan."""
 SHAPING: dict[Kind, tuple[str, ...]] = {
     "flat": (),
-    "scan": ("scan_tail",),
+    "scan": ("tail",),
     "hnsw": ("hnsw_neighbors", "hnsw_ef_construction"),
-    "ivfpq": ("ivf_lists", "pq_subquantizers"),
+    "ivfpq": ("tail", "ivf_lists", "pq_subquantizers"),
 }
 """The settings that shape the file of each kind; those of a search alone are left out."""
 
@@ -63,7 +63,7 @@ def resolve_kind(config: IndexConfig, num_rows: int, dim: int) -> Kind:
     """
     if config.kind != "auto":
         return config.kind
-    return "flat" if num_rows < FLAT_BELOW or dim > MAX_SCAN_DIM else "scan"
+    return "flat" if num_rows < FLAT_BELOW or dim > MAX_CODED_DIM else "scan"
 
 
 def check_fits(config: IndexConfig, kind: Kind, num_rows: int, dim: int) -> None:
@@ -80,18 +80,17 @@ def check_fits(config: IndexConfig, kind: Kind, num_rows: int, dim: int) -> None
             expected=f"{POINTS_PER_CENTROID * lists:,} examples or more to train it",
             fix="set index.kind=flat: it is exact and needs no training",
         )
-    if kind == "scan" and dim > MAX_SCAN_DIM:
+    if kind in ("scan", "ivfpq") and dim > MAX_CODED_DIM:
         raise ConfigError(
-            f"index.kind=scan, and representers of {dim:,} numbers",
-            expected=f"{MAX_SCAN_DIM:,} or fewer",
+            f"index.kind={kind}, and representers of {dim:,} numbers",
+            expected=f"{MAX_CODED_DIM:,} or fewer",
             fix="set index.kind to flat or hnsw, or features.sketch.dim lower",
         )
-    if kind == "ivfpq" and dim % config.pq_subquantizers:
-        fitting = [size for size in range(1, min(dim, 256) + 1) if dim % size == 0]
+    if kind == "ivfpq" and config.pq_subquantizers > dim:
         raise ConfigError(
-            f"index.pq_subquantizers={config.pq_subquantizers} does not divide the {dim} dimensions",
-            expected=f"one of {', '.join(map(str, fitting))}",
-            fix="set index.pq_subquantizers to one of these",
+            f"index.pq_subquantizers={config.pq_subquantizers}, and representers of {dim} numbers",
+            expected="no more than these",
+            fix=f"set index.pq_subquantizers to {dim} or less",
         )
 
 

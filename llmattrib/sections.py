@@ -267,20 +267,20 @@ class ReduceConfig(Section):
 class IndexConfig(Section):
     """The faiss index over representers: exact `flat`, or approximate `scan`, `hnsw` and `ivfpq`.
 
-    `auto` is flat below 100,000 examples and scan from there on. A scan reads short codes of all rows and then the
-    vectors of the `scan_candidates` best, or of 20 a hit if these are more; its codes leave out no more than
-    `scan_tail` of the mean squared value. The kinds side by side: docs/architecture.md.
+    `auto` is flat below 100,000 examples and scan from there on. `scan` and `ivfpq` read short codes and then the
+    vectors of the `candidates` best, or of 20 a hit if these are more; codes leave out no more than `tail` of the mean
+    squared value. The kinds side by side: docs/architecture.md.
     """
 
     kind: Literal["auto", "flat", "scan", "hnsw", "ivfpq"] = "auto"
-    scan_candidates: PositiveInt = 1000
-    scan_tail: float = Field(0.01, ge=0, lt=1)
+    candidates: PositiveInt = 1000
+    tail: float = Field(0.01, ge=0, lt=1)
     hnsw_neighbors: PositiveInt = 32
-    hnsw_ef_construction: PositiveInt = 200
-    hnsw_ef_search: PositiveInt = 128
+    hnsw_ef_construction: PositiveInt = 80
+    hnsw_ef_search: PositiveInt = 2048
     ivf_lists: PositiveInt = 256
-    ivf_probes: PositiveInt = 16
-    pq_subquantizers: PositiveInt = 64
+    ivf_probes: PositiveInt = 256
+    pq_subquantizers: PositiveInt = 128
 
 
 class QueryConfig(Section):

@@ -1,4 +1,4 @@
-"""Coordinates of a scan index against plain formulas."""
+"""Coordinates of the codes of an index against plain formulas."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_moments_are_those_of_transformed_rows(tmp_path: Path, normalize: bool) 
 def test_whole_coordinates_keep_inner_products_and_weigh_alike() -> None:
     queries, rows = draw("q", 4000, 2, 6) * np.geomspace(1, 0.1, 6), draw("v", 500, 2, 6) * np.geomspace(1, 9, 6)
     moments = np.einsum("qcp,qck->cpk", queries, queries) / len(queries)
-    maps = balance(moments, rows.astype(np.float32), 0.0, stream(0, "t"))
+    maps = balance(moments, rows.astype(np.float32), 0.0, 1, stream(0, "t"))
     flat_rows, flat_queries = rows.reshape(500, -1), queries.reshape(4000, -1)
     ours = (flat_queries @ maps.of_queries) @ (flat_rows @ maps.of_rows).T
     np.testing.assert_allclose(ours, flat_queries @ flat_rows.T, rtol=1e-3, atol=1e-3 * np.abs(ours).max())
@@ -55,10 +55,25 @@ def test_what_is_dropped_is_at_most_the_tail(dim: int) -> None:
     moments = np.einsum("qcp,qck->cpk", queries, queries) / len(queries)
     whole = queries[:, 0] @ rows[:, 0].T
     for tail in (0.0, 0.01, 0.3):
-        maps = balance(moments, rows.astype(np.float32), tail, stream(0, "t"))
+        maps = balance(moments, rows.astype(np.float32), tail, 2, stream(0, "t"))
         assert maps.of_rows.shape[1] % 2 == 0
         kept = (queries[:, 0] @ maps.of_queries) @ (rows[:, 0] @ maps.of_rows).T
         lost = np.mean((whole - kept) ** 2) / np.mean(whole**2)
         assert lost == pytest.approx(maps.dropped, abs=1e-3)
         assert maps.dropped <= tail
     assert maps.of_rows.shape[1] == 2, "two of geometric parts hold more than seven tenths"
+
+
+@pytest.mark.parametrize(
+    ("tail", "multiple", "width"), [(0.0, 1, 7), (0.0, 5, 10), (0.3, 4, 4), (0.3, 3, 3), (0.3, 9, 9)]
+)
+def test_width_is_a_multiple_and_filled_with_axes_before_zeros(tail: float, multiple: int, width: int) -> None:
+    queries, rows = draw("q", 3000, 1, 7), draw("v", 2000, 1, 7) * (2.0 ** -np.arange(7))
+    moments = np.einsum("qcp,qck->cpk", queries, queries) / len(queries)
+    maps = balance(moments, rows.astype(np.float32), tail, multiple, stream(0, "t"))
+    assert maps.of_rows.shape == maps.of_queries.shape == (7, width)
+    assert np.linalg.matrix_rank(maps.of_rows) == min(width, 7)
+    assert not maps.of_rows[:, 7:].any()
+    if width >= 7:
+        whole, kept = queries[:, 0] @ rows[:, 0].T, (queries[:, 0] @ maps.of_queries) @ (rows[:, 0] @ maps.of_rows).T
+        np.testing.assert_allclose(kept, whole, rtol=1e-3, atol=1e-3 * np.abs(whole).max())

@@ -132,9 +132,9 @@ def test_share_denominator_is_estimated_from_a_fixed_sample_above_its_size(tmp_p
 
 
 APPROXIMATE: dict[str, dict[str, Any]] = {
-    "scan": {"kind": "scan", "scan_candidates": 300},
+    "scan": {"kind": "scan", "candidates": 300},
     "hnsw": {"kind": "hnsw", "hnsw_neighbors": 16, "hnsw_ef_construction": 80, "hnsw_ef_search": 128},
-    "ivfpq": {"kind": "ivfpq", "ivf_lists": 32, "ivf_probes": 12, "pq_subquantizers": 8},
+    "ivfpq": {"kind": "ivfpq", "ivf_lists": 32, "ivf_probes": 24, "pq_subquantizers": 8, "candidates": 100},
 }
 
 
@@ -159,17 +159,24 @@ def test_approximate_index_finds_nearly_all_with_exact_values(tmp_path: Path, ki
         np.testing.assert_allclose(both[0], scores, rtol=1e-5)
 
 
-@pytest.mark.parametrize("outputs", [1, 3])
-def test_a_scan_finds_what_nearly_white_representers_answer_to_queries_along_few_directions(
-    tmp_path: Path, outputs: int
+@pytest.mark.parametrize(
+    ("index", "outputs"),
+    [
+        ({"kind": "scan", "candidates": 200}, 1),
+        ({"kind": "scan", "candidates": 200}, 3),
+        ({"kind": "ivfpq", "candidates": 200, "ivf_lists": 16, "ivf_probes": 16, "pq_subquantizers": 24}, 3),
+    ],
+)
+def test_what_nearly_white_representers_answer_to_queries_along_few_directions_is_found(
+    tmp_path: Path, index: dict[str, Any], outputs: int
 ) -> None:
     """Codes in the representers' own coordinates miss most of these."""
-    n, p = 6_000, 48 // outputs
+    n, p = 10_000, 48 // outputs
     spread = (10.0 ** -np.linspace(0, 2, p)).astype(np.float32)
     turn = np.linalg.qr(draw(1, p, p, seed=3)[0])[0]
     features = (draw(n, outputs, p) * spread + 0.3) @ turn
     rows = (draw(n, outputs, p, seed=2) / spread) @ turn
-    config = make_run(tmp_path, kind="scan", scan_candidates=200)
+    config = make_run(tmp_path, **index)
     write_both(config, rows, features)
     result = build_index(config, "trak")
     sample = Path(config.layout.index_sample("trak")).stat().st_size
@@ -181,7 +188,8 @@ def test_a_scan_finds_what_nearly_white_representers_answer_to_queries_along_few
     def recall(found: np.ndarray) -> float:
         return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), best.tolist(), strict=True)]))
 
-    found = open_index(config, "trak").search(queries, 10)[1]
+    values, found = open_index(config, "trak").search(queries, 10)
+    np.testing.assert_allclose(values, np.take_along_axis(exact, found, axis=1), rtol=1e-3, atol=1e-3)
     assert recall(found) > 0.97
     plain = faiss.IndexPQFastScan(outputs * p, outputs * p // 2, 4, faiss.METRIC_INNER_PRODUCT)
     plain.train(rows.reshape(n, -1))
@@ -192,7 +200,7 @@ def test_a_scan_finds_what_nearly_white_representers_answer_to_queries_along_few
 
 
 def test_a_scan_of_all_rows_is_exact_and_verified(tmp_path: Path) -> None:
-    config = make_run(tmp_path, kind="scan", scan_candidates=700)
+    config = make_run(tmp_path, kind="scan", candidates=700)
     rows, queries = draw(700, 2, 5), draw(3, 2, 5, seed=1).reshape(3, -1)
     write_both(config, rows)
     build_index(config, "trak")
@@ -211,6 +219,24 @@ def test_a_scan_of_all_rows_is_exact_and_verified(tmp_path: Path) -> None:
     other_store = RowStore.open(other.layout.representers("trak"))
     manifest.write_text(json.dumps(record | {"representers": other_store.digest()}))
     assert "other vectors than the representers" in verify_index(*files, other_store)
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_an_index_of_other_vectors_is_named(tmp_path: Path, kind: str) -> None:
+    """The record says the representers are these; the vectors are not."""
+    config, other = make_run(tmp_path, kind=kind), make_run(tmp_path, "other", kind=kind)
+    rows = draw(300, 2, 5)
+    write_both(config, rows)
+    build_index(config, "trak")
+    layout = config.layout
+    files = layout.index("trak"), layout.index_sample("trak"), layout.index_manifest("trak")
+    assert verify_index(*files, RowStore.open(layout.representers("trak"))) == ""
+    rows[200, 0, 0] += 1
+    write_both(other, rows)
+    store = RowStore.open(other.layout.representers("trak"))
+    record = json.loads(Path(files[2]).read_text())
+    Path(files[2]).write_text(json.dumps(record | {"representers": store.digest()}))
+    assert "other vectors than the representers" in verify_index(*files, store)
 
 
 def test_a_scan_needs_the_features_its_representers_are_of(tmp_path: Path) -> None:
@@ -245,12 +271,14 @@ def test_a_scan_of_too_few_or_too_wide_rows_says_what_fits(tmp_path: Path) -> No
         build_index(config, "trak")
     with pytest.raises(ConfigError, match=r"of 8,193 numbers\n  expected: 8,192 or fewer"):
         check_fits(IndexConfig(), "scan", 10_000, 8193)
+    with pytest.raises(ConfigError, match=r"kind=ivfpq, and representers of 8,193 numbers"):
+        check_fits(IndexConfig(), "ivfpq", 10_000, 8193)
 
 
 def test_ivfpq_that_finds_too_few_fills_up_with_row_minus_one(tmp_path: Path) -> None:
     config = make_run(tmp_path, kind="ivfpq", ivf_lists=200, ivf_probes=1, pq_subquantizers=4)
     rows = clustered(10_000, 8)
-    write_representers(config, rows)
+    write_both(config, rows)
     build_index(config, "trak")
     scores, found = open_index(config, "trak").search(clustered(1, 8).reshape(1, -1), 2_000)
     missing = found[0] < 0
@@ -373,9 +401,9 @@ def test_ivfpq_with_too_few_examples_or_a_misfit_says_what_fits(tmp_path: Path) 
     write_representers(config, draw(300, 1, 12))
     with pytest.raises(ConfigError, match=r"and 300 examples\n  expected: 9,984 examples.*\n.*index\.kind=flat"):
         build_index(config, "trak")
-    config = make_run(tmp_path, "other", kind="ivfpq", ivf_lists=16, pq_subquantizers=5)
+    config = make_run(tmp_path, "other", kind="ivfpq", ivf_lists=16, pq_subquantizers=13)
     write_representers(config, clustered(10_000, 12))
-    with pytest.raises(ConfigError, match=r"does not divide the 12 dimensions\n  expected: one of 1, 2, 3, 4, 6, 12"):
+    with pytest.raises(ConfigError, match=r"=13, and representers of 12 numbers\n.*\n.*to 12 or less"):
         build_index(config, "trak")
 
 
@@ -396,7 +424,7 @@ def test_gpu_search_equals_cpu_search(tmp_path: Path, kind: str) -> None:
     assert faiss.get_num_gpus() > 0
     config = make_run(tmp_path, **APPROXIMATE.get(kind, {}))
     rows, queries = clustered(10_000, 16), clustered(8, 16).reshape(8, -1)
-    write_representers(config, rows)
+    write_both(config, rows)
     build_index(config, "trak")
     index = open_index(config, "trak")
     on_gpu = index.search(queries, 10)

@@ -30,6 +30,7 @@ from llmattrib.plan.shape import BatchShape, batch_peak, empty_model
 from llmattrib.reduce import reduce_run
 from llmattrib.rng import stream
 from llmattrib.sections import FeaturesConfig, WordsConfig
+from llmattrib.settings import resolve
 from llmattrib.store import RowStore
 from tests.tiny import FAMILIES, tiny_adapter_dir, tiny_run
 
@@ -164,6 +165,11 @@ def test_storage_of_a_real_run_is_within_one_per_cent(tmp_path: Path) -> None:
         assert now.index_bytes == pytest.approx(stored, rel=0.01)
 
 
+def fill(store: RowStore, rows: np.ndarray) -> None:
+    for shard in store.pending():
+        store.write_shard(shard, rows[slice(*store.shard_range(shard))], {})
+
+
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
 def test_storage_of_a_larger_store_is_within_one_per_cent(tmp_path: Path, kind: str) -> None:
     n, dim = 10_100, 64
@@ -174,10 +180,14 @@ def test_storage_of_a_larger_store_is_within_one_per_cent(tmp_path: Path, kind: 
         reduce={"methods": ["grad_dot"]},
     )
     rows = stream(0, "test", "plan").standard_normal((n, 1, dim)).astype(np.float32)
-    kept = Manifest("representers", n, 1, dim, "float32", 256, fingerprint={"kind": kind})
+    fingerprint = {"features": {"output": "loss"}, "encoding": {"label_words": []}}
+    features = Manifest("features", n, 1, dim, "float32", 256, fingerprint=fingerprint)
+    source = RowStore.create(config.layout.features, features)
+    fill(source, rows)
+    info = asdict(resolve(config.reduce, "grad_dot", "loss", False, n, dim))
+    kept = Manifest("representers", n, 1, dim, "float32", 256, fingerprint={"features": source.digest()}, info=info)
     store = RowStore.create(config.layout.representers("grad_dot"), kept)
-    for shard in store.pending():
-        store.write_shard(shard, rows[slice(*store.shard_range(shard))], {})
+    fill(store, rows)
     store.write_vector("mean", rows[0])
     store.write_vector("total", rows[0])
     assert cost.representers_bytes(config, n, dim) == pytest.approx(folder_bytes(store.path), rel=0.01)

@@ -13,7 +13,7 @@ from llmattrib.config import RunConfig
 from llmattrib.estimators.mean_field import LARGE, MeanField
 from llmattrib.estimators.streamed import StreamedField
 from llmattrib.features.curvature import fit_bytes
-from llmattrib.index import MAX_POINTS_PER_CENTROID, SAMPLE_ROWS, SCAN_TRAINING_ROWS
+from llmattrib.index import MAX_POINTS_PER_CENTROID, SAMPLE_ROWS, TRAINING_ROWS
 from llmattrib.index_record import PQ_BITS, resolve_kind
 from llmattrib.manifest import Manifest
 from llmattrib.plan.shape import ModelShape
@@ -163,7 +163,7 @@ def index_bytes(config: IndexConfig, num_rows: int, dim: int) -> int:
         m = config.hnsw_neighbors
         links = 2 * m + (m / (m - 1) if m > 1 else 1)
         return num_rows * (vector + 12) + round(4 * links * num_rows) + sample
-    codebooks = (config.ivf_lists + (1 << PQ_BITS)) * vector
+    codebooks = (config.ivf_lists + (1 << PQ_BITS) + dim) * vector
     return num_rows * (config.pq_subquantizers + 8) + codebooks + sample
 
 
@@ -172,24 +172,18 @@ def index_flops(config: IndexConfig, num_rows: int, dim: int) -> dict[str, int]:
     product, kind = 2 * dim, resolve_kind(config, num_rows, dim)
     if kind == "flat":
         return {"build": 0, "search": num_rows * product}
-    if kind == "scan":  # two moments and the mapping; a code of two coordinates is one look-up
-        moments = 2 * min(num_rows, SCAN_TRAINING_ROWS) * product * dim
-        return {
-            "build": moments + num_rows * product * dim,
-            "search": num_rows * dim // 2 + (dim + config.scan_candidates) * product,
-        }
+    mapping = (2 * min(num_rows, TRAINING_ROWS) + num_rows) * product * dim  # two moments, and of every row
+    if kind == "scan":  # a code of two coordinates is one look-up
+        return {"build": mapping, "search": num_rows * dim // 2 + (dim + config.candidates) * product}
     if kind == "hnsw":  # a search of width ef looks at about 2 M neighbours of each of ef nodes, half of them new
         looked = config.hnsw_neighbors * product
-        return {
-            "build": num_rows * config.hnsw_ef_construction * looked,
-            "search": config.hnsw_ef_search * looked,
-        }
+        return {"build": num_rows * config.hnsw_ef_construction * looked, "search": config.hnsw_ef_search * looked}
     lists, centroids = config.ivf_lists, config.ivf_lists + (1 << PQ_BITS)
-    training = min(num_rows, MAX_POINTS_PER_CENTROID * max(lists, 1 << PQ_BITS))
+    training = min(num_rows, max(TRAINING_ROWS, MAX_POINTS_PER_CENTROID * lists))
     scanned = num_rows * min(config.ivf_probes, lists) // lists
     return {
-        "build": product * centroids * (KMEANS_ROUNDS * training + num_rows),
-        "search": product * centroids + scanned * config.pq_subquantizers,
+        "build": mapping + product * centroids * (KMEANS_ROUNDS * training + num_rows),
+        "search": product * (dim + centroids + config.candidates) + scanned * config.pq_subquantizers,
     }
 
 
