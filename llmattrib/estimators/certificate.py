@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy.linalg
 from jaxtyping import Bool, Float
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from llmattrib.errors import MethodError
 from llmattrib.estimators.mean_field import MeanFieldResult
@@ -96,12 +96,12 @@ class Certificate:
     @property
     def lower(self) -> float:
         """One-sided 95 % limit from below."""
-        return self._at(-float(student.ppf(0.95, len(self.products) - 1)))
+        return self._at(-float(stdtrit(len(self.products) - 1, 0.95)))
 
     @property
     def upper(self) -> float:
         """One-sided 95 % limit from above."""
-        return self._at(float(student.ppf(0.95, len(self.products) - 1)))
+        return self._at(float(stdtrit(len(self.products) - 1, 0.95)))
 
     def _at(self, num_errors: float) -> float:
         """Return the bias some standard errors of its square away."""

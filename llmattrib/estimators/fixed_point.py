@@ -17,7 +17,6 @@ from dataclasses import dataclass, fields
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float, Int
-from scipy.stats import binom
 
 from llmattrib.errors import MethodError
 
@@ -71,6 +70,8 @@ def _chances(q: float, k: Int[np.ndarray, "g 1"]) -> tuple[np.ndarray, np.ndarra
     """Return the chances of m = 0 ... max k copies and their derivatives in q, [g or 1, m] each."""
     if k.max() == 1:
         return np.array([[1 - q, q]]), np.array([[-1.0, 1.0]])
+    from scipy.stats import binom  # noqa: PLC0415  (half a second to import, and a query does not need it)
+
     m = np.arange(k.max() + 1)[None, :]
     return binom.pmf(m, k, q), k * (binom.pmf(m - 1, k - 1, q) - binom.pmf(m, k - 1, q))
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 from jaxtyping import Bool, Float
-from scipy.stats import beta as beta_distribution
+from scipy.special import betaincinv
 
 from llmattrib.estimators.moments import Moments
 from llmattrib.estimators.quadrature import SHAPLEY, Semivalue
@@ -151,7 +151,7 @@ class Subset:
         if self.semivalue.is_shapley:
             return u * u, 2 * u
         if self.semivalue.beta is not None:
-            return float(beta_distribution.ppf(u, *self.semivalue.beta)), 1.0
+            return float(betaincinv(*self.semivalue.beta, u)), 1.0
         steps = np.cumsum([weight for _, weight in self.semivalue.points])
         chosen = min(int(np.searchsorted(steps, u * steps[-1], side="right")), len(steps) - 1)
         return self.semivalue.points[chosen][0], float(steps[-1])
