@@ -40,6 +40,7 @@ from llmattrib.errors import FingerprintMismatchError, MethodError
 from llmattrib.evaluate.gold import ONE_SEED, SPECTRAL, judge
 from llmattrib.evaluate.scores import BASELINES, RunScores, scores_of_representers, spectral_scores
 from llmattrib.features.extract import COLUMNS
+from llmattrib.features.sketch import Block, SketchPlan
 from llmattrib.further_training import gold_scores, train_further
 from llmattrib.games.further_training import FurtherTraining
 from llmattrib.games.kernel import FeatureRows, array_blocks
@@ -110,8 +111,9 @@ def write_store(
         "seed": 0,
     }
     n, p = phi.shape
-    plan = {"kind": "none", "widths": blocks, "blocks": [{"size": size} for size in blocks]}
-    manifest = Manifest("features", n, 1, p, "float32", n, COLUMNS, fingerprint, {"sketch_plan": plan})
+    named = tuple(Block(f"layer{k}", "W", int(size)) for k, size in enumerate(blocks))
+    plan = SketchPlan("none", 0, p, named, tuple(map(int, blocks)))
+    manifest = Manifest("features", n, 1, p, "float32", n, COLUMNS, fingerprint, {"sketch_plan": plan.to_json()})
     columns = {name: np.zeros(n, np.float32) for name in COLUMNS}
     columns["log_odds"] = log_odds.astype(np.float32)
     try:

@@ -273,7 +273,7 @@ class IndexConfig(Section):
     """
 
     kind: Literal["auto", "flat", "scan", "hnsw", "ivfpq"] = "auto"
-    candidates: PositiveInt = 1000
+    candidates: PositiveInt = 4000
     tail: float = Field(0.01, ge=0, lt=1)
     hnsw_neighbors: PositiveInt = 32
     hnsw_ef_construction: PositiveInt = 80
