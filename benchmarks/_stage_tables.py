@@ -121,3 +121,10 @@ def memory(found: dict[str, Any]) -> str:
         grown = (row[last]["peak_bytes"] - row[first]["peak_bytes"]) / (int(last) - int(first))
         lines.append(f"| {label} | {peaks} | {row[first]['imported_bytes'] / 1e6:,.0f} | {max(grown, 0):,.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def durations(found: dict[str, Any]) -> str:
+    """Render what each benchmark took."""
+    lines = ["| `ROWS=` | CPU minutes | wall minutes |", "|---|---|---|"]
+    lines += [f"| `{name}` | {took['cpu_minutes']:.1f} | {took['wall_minutes']:.1f} |" for name, took in found.items()]
+    return "\n".join(lines) + "\n"

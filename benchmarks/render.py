@@ -165,6 +165,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "end_to_end": _stage_tables.end_to_end,
     "query": _stage_tables.search,
     "memory": _stage_tables.memory,
+    "durations": _stage_tables.durations,
 }
 """Sections by the name of their marks and of their result."""
 
