@@ -20,6 +20,7 @@ by name, and renders docs/choosing.md.
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -97,6 +98,8 @@ def scores_of(config: RunConfig) -> Iterator[tuple[str, np.ndarray]]:
     if config.run_dir.endswith("init1"):
         for baseline in BASELINES:
             yield baseline, baseline_scores(run, baseline)
+    for name in ("features.zarr", "representers", "validation.zarr"):  # not sketched: tens of GB over all points
+        shutil.rmtree(Path(config.run_dir) / name, ignore_errors=True)
 
 
 def name_of(method: str, point: str, count: int) -> str:

@@ -3,10 +3,11 @@
     python -m benchmarks.store [--dim 4096] [--rows 8192] [--rounds 9] [--parts bandwidth shard shards zstd]
 
 One thread; shards of 256 rows, in turn with the memmap, medians. Both are given the same float32 rows, store as many
-bytes of the same dtype, force every shard to disk, and give back float32. The memmap has no scales, no checksums and no
-commit records; `numpy` converts as `astype` does, `bytes` copies bytes that are converted already and gives them back
-as they are, which no store of float32 rows can do. Bandwidths are MB of stored rows a second; ratios are taken within a
-round, by wall and by CPU time, and over 1 where the store is quicker.
+bytes of the same dtype, force every shard to disk, and give back float32. The memmap has no checksums and no commit
+records; `numpy` converts as `astype` does, and of int8 finds and keeps a scale a row, as a cast would give back other
+numbers; `bytes` copies bytes that are converted already and gives them back as they are, which no store of float32 rows
+can do. torch is loaded, as in every process that builds or reduces. Bandwidths are MB of stored rows a second; ratios
+are taken within a round, by wall and by CPU time, and over 1 where the store is quicker.
 
 `shard`: CPU milliseconds of the steps of writing and reading one shard. `shards`: the commit records of 10^5 shards are
 made without their data, and the store is opened and its digest taken, with a warm cache and, where this process may
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numcodecs import Zstd
 
 from llmattrib import storage
@@ -71,9 +73,22 @@ def write_store(path: Path, num_rows: int, rows: np.ndarray, dtype: str) -> None
 def write_memmap(path: Path, num_rows: int, rows: np.ndarray, dtype: str) -> None:
     """The same by numpy alone."""
     whole = np.memmap(path, dtype, "w+", shape=(num_rows, *rows.shape[1:]))
+    scales = np.memmap(scales_of(path), np.float32, "w+", shape=(num_rows, 1, 1))
     for start in range(0, num_rows, SHARD_SIZE):
-        whole[start : start + SHARD_SIZE] = rows
+        place = slice(start, start + SHARD_SIZE)
+        if dtype == "int8" and rows.dtype != np.int8:
+            scale = np.abs(rows).max(axis=(1, 2), keepdims=True) / np.float32(127)
+            scales[place] = scale
+            whole[place] = np.rint(rows / scale)
+            scales.flush()
+        else:
+            whole[place] = rows
         whole.flush()
+
+
+def scales_of(path: Path) -> Path:
+    """Where a memmap's scales are."""
+    return path.with_suffix(".scales")
 
 
 def read_store(path: Path) -> None:
@@ -85,8 +100,12 @@ def read_store(path: Path) -> None:
 def read_memmap(path: Path, num_rows: int, dim: int, dtype: str, wanted: str) -> None:
     """The same by numpy alone."""
     whole = np.memmap(path, dtype, "r", shape=(num_rows, 1, dim))
+    scales = np.memmap(scales_of(path), np.float32, "r", shape=(num_rows, 1, 1))
     for start in range(0, num_rows, SHARD_SIZE):
-        whole[start : start + SHARD_SIZE].astype(wanted)
+        place = slice(start, start + SHARD_SIZE)
+        rows = whole[place].astype(wanted)
+        if dtype == "int8" and wanted != dtype:
+            rows *= scales[place]
 
 
 def bandwidth(folder: Path, num_rows: int, dim: int, rounds: int, dtype: str) -> dict[str, Any]:
@@ -219,6 +238,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=100_000)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     for part in arguments.parts:
         load = round(os.getloadavg()[0], 1)
         with tempfile.TemporaryDirectory() as name:

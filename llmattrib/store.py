@@ -41,7 +41,7 @@ from llmattrib.errors import (
 )
 from llmattrib.groups import REMAKE, Array, make_array, open_array, open_group, read_attributes, shard_file
 from llmattrib.manifest import SCALE, SCHEMA, Manifest, differing
-from llmattrib.quantize import quantize
+from llmattrib.quantize import dequantize, quantize
 
 __all__ = ["Manifest", "RowStore", "quantize"]
 
@@ -303,10 +303,8 @@ class RowStore:
             if self.manifest.dtype != "float32":
                 scale = np.concatenate([part[:, :1, None] for part in self._parts("columns", shard, first, last)])
             for part in self._parts("rows", shard, first, last):
-                rows = out[place : place + len(part)]
-                rows[:] = part
-                if scale is not None:
-                    rows *= scale[place + start - first :][: len(part)]
+                of_rows = None if scale is None else scale[place + start - first :][: len(part)]
+                dequantize(part, of_rows, out[place : place + len(part)])
                 place += len(part)
         return out
 

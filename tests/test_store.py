@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -28,7 +29,7 @@ from llmattrib.errors import (
 )
 from llmattrib.lock import locked
 from llmattrib.manifest import Manifest, differing
-from llmattrib.quantize import quantize
+from llmattrib.quantize import dequantize, quantize
 from llmattrib.rng import stream
 from llmattrib.storage import atomic_write, require_space
 from llmattrib.store import RowStore
@@ -723,3 +724,35 @@ def test_of_many_that_find_a_dead_holder_one_wins(path, tmp_path, holder):
     outputs = [racer.communicate()[0] for racer in racers]
     assert sorted(outputs) == ["", "", "", "held\n"]
     assert not Path(path + ".lock").exists()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_torch_and_numpy_give_the_same_bytes(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every float16, of all numbers half way between two of them, and of their neighbours."""
+    import torch  # noqa: F401
+
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    wide = np.sort(halves[np.isfinite(halves)]).astype(np.float32)[:-1]
+    between = (wide[:-1] + wide[1:]) / 2
+    small = np.float32(2.0) ** np.arange(-140, -20, dtype=np.float32)
+    values = np.concatenate([wide, between, np.nextafter(between, np.float32(9e9)), small, -small, 1.5 * small])
+    rows = np.resize(values, (64, 1, len(values) // 64 + 1)) * np.float32(2) ** np.arange(-32, 32)[:, None, None]
+    found = []
+    for without in (False, True):
+        with monkeypatch.context() as patch:
+            if without:
+                patch.delitem(sys.modules, "torch")
+            stored, scale = quantize(rows.astype(np.float32), dtype)
+            back = np.empty(rows.shape, np.float32)
+            dequantize(stored, scale[:, None, None], back)
+            found.append((stored.tobytes(), back.tobytes()))
+    assert found[0] == found[1]
+
+
+def test_rows_that_may_not_be_written_to_are_read(recwarn: pytest.WarningsRecorder) -> None:
+    """Bytes of an object store."""
+    stored, out = np.arange(8, dtype=np.float16).reshape(2, 1, 4), np.empty((2, 1, 4), np.float32)
+    stored.flags.writeable = False
+    dequantize(stored, np.full((2, 1, 1), 0.5, np.float32), out)
+    np.testing.assert_array_equal(out, stored / 2)
+    assert not recwarn.list

@@ -178,6 +178,7 @@ def main() -> None:
                     print(task, name, score, flush=True)
                     methods[name] = max(methods.get(name, score), score, key=lambda found: found["beyond_size"])
             merge(task, found, methods)
+            shutil.rmtree(work.folder)
     write_docs()
 
 
