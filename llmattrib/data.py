@@ -27,6 +27,7 @@ MAX_CELL = 2**31 - 1
 """Characters of a CSV cell; Python's own limit of 131,072 is less than some documents and chats have."""
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 _ABSENT = object()
+_ROW_GROUP = 1024
 _SCHEMA = pa.schema([("id", pa.string()), ("prompt", pa.string()), ("completion", pa.string())])
 
 
@@ -159,16 +160,16 @@ def save_examples(examples: Sequence[Example], path: str | Path) -> None:
     Raises:
         DiskSpaceError, StoreError: the file cannot be written.
     """
-    table = pa.table(
-        {
-            "id": [example.id for example in examples],
-            "prompt": [json.dumps(example.prompt, ensure_ascii=False) for example in examples],
-            "completion": [example.completion for example in examples],
-        },
-        schema=_SCHEMA,
-    )
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", use_dictionary=False)
+    with pq.ParquetWriter(buffer, _SCHEMA, compression="zstd", use_dictionary=False) as writer:
+        for start in range(0, len(examples), _ROW_GROUP):  # all at once would hold their texts three times
+            some = examples[start : start + _ROW_GROUP]
+            columns = {
+                "id": [example.id for example in some],
+                "prompt": [json.dumps(example.prompt, ensure_ascii=False) for example in some],
+                "completion": [example.completion for example in some],
+            }
+            writer.write_table(pa.table(columns, schema=_SCHEMA))
     atomic_write(str(path), buffer.getvalue())
 
 
