@@ -117,9 +117,9 @@ def memory(found: dict[str, Any]) -> str:
     for name, label in STAGES.items():
         row = found["stages"][name]
         peaks = " | ".join(f"{row[size]['peak_bytes'] / 1e6:,.0f}" if size in row else "-" for size in sizes)
-        first, *_, last = row
-        grown = (row[last]["peak_bytes"] - row[first]["peak_bytes"]) / (int(last) - int(first))
-        lines.append(f"| {label} | {peaks} | {row[first]['imported_bytes'] / 1e6:,.0f} | {max(grown, 0):,.0f} |")
+        *_, last_but_one, last = row  # below, batches of every length have not been seen yet
+        grown = (row[last]["peak_bytes"] - row[last_but_one]["peak_bytes"]) / (int(last) - int(last_but_one))
+        lines.append(f"| {label} | {peaks} | {row[last]['imported_bytes'] / 1e6:,.0f} | {max(grown, 0):,.0f} |")
     return "\n".join(lines) + "\n"
 
 
