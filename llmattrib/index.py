@@ -79,9 +79,10 @@ class VectorIndex:
         self._index, self._kind, self._config = index, kind, config
         self._representers, self._sample = representers, sample
         self._gpu_index = None
+        probes = min(config.ivf_probes, config.ivf_lists) if kind == "ivfpq" else 0
         if kind == "ivfpq":
-            faiss.extract_index_ivf(index).nprobe = min(config.ivf_probes, config.ivf_lists)
-        if kind in ("flat", "ivfpq") and faiss.get_num_gpus() > 0 and config.ivf_probes <= MAX_GPU_HITS:
+            faiss.extract_index_ivf(index).nprobe = probes
+        if kind in ("flat", "ivfpq") and faiss.get_num_gpus() > 0 and probes <= MAX_GPU_HITS:
             options = faiss.GpuMultipleClonerOptions()
             options.shard = True
             self._gpu_index = faiss.index_cpu_to_all_gpus(index, options)
