@@ -54,8 +54,7 @@ WRITE_STEPS = {
     "quantise": "quantise, look for NaN",
     "crc32c": "crc32c",
     "checksum": "XXH3",
-    "files": "two files",
-    "to_disk": "force to disk",
+    "files": "two files, forced to disk",
     "record": "record",
 }
 READ_STEPS = {"whole": "whole", "file": "file", "crc32c": "crc32c", "rest": "convert, scale"}

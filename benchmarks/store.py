@@ -160,8 +160,7 @@ def steps(folder: Path, dim: int, rounds: int, dtype: str) -> dict[str, dict[str
         "quantise": lambda _: quantize(rows, store.manifest.dtype),
         "crc32c": lambda _: of.encode(stored),
         "checksum": lambda _: checksum(stored),
-        "files": lambda _: (storage.write_parts(file, parts), storage.write_parts(small, parts[-1:])),
-        "to_disk": lambda _: (storage.sync_file(file), storage.sync_file(small)),
+        "files": lambda _: storage.write_files({file: parts, small: parts[-1:]}),
         "record": lambda k: storage.create_empty(f"{record}{k}"),
     }
     reads: dict[str, Callable[[int], object]] = {

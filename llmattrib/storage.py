@@ -10,9 +10,9 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import fsspec
 import numpy as np
@@ -99,15 +99,12 @@ def atomic_write(path: str, data: bytes) -> None:
         StoreAccessError: the path cannot be written.
     """
     with named_errors(path):
-        target = local_path(path)
+        target = _put(path, [data])
         if target is None:
-            filesystem, inner = remote(path)
-            filesystem.pipe_file(inner, data)
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}{PARTIAL}")
         try:
-            with partial.open("wb") as file:
+            with _open(partial, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -118,33 +115,65 @@ def atomic_write(path: str, data: bytes) -> None:
         _sync_folder(target.parent)
 
 
-def write_parts(path: str, parts: Sequence[Any]) -> None:
-    """Write a file of several buffers, in place of one that is there; `sync_file` then forces it to disk.
+def write_files(files: Mapping[str, Sequence[Any]]) -> None:
+    """Write files of several buffers each, in place of those that are there, and force them to disk.
 
-    Locally a crash may leave a part of it.
+    A reader that has an old file open goes on with it. Locally a crash may leave some of them, or a part of one.
+
+    Args:
+        files: their buffers, by local path or fsspec URL; missing parent folders are made.
+
+    Raises:
+        DiskSpaceError: the disk or the quota is full.
+        StoreAccessError: a path cannot be written.
     """
-    with named_errors(path):
-        target = local_path(path)
-        if target is None:
-            filesystem, inner = remote(path)
-            filesystem.pipe_file(inner, b"".join(parts))
-            return
-        target.unlink(missing_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("wb") as file:
-            file.writelines(parts)
+    with contextlib.ExitStack() as stack:
+        opened: dict[str, BinaryIO] = {}
+        for path, parts in files.items():
+            with named_errors(path):
+                target = _put(path, parts)
+                if target is not None:
+                    opened[path] = stack.enter_context(_create(target))
+                    opened[path].writelines(parts)
+                    opened[path].flush()
+        for path, file in opened.items():
+            with named_errors(path):
+                os.fsync(file.fileno())
+                _sync_folder(Path(file.name).parent)
 
 
 def create_empty(path: str) -> None:
-    """Make an empty file, in one step; a missing parent folder is made."""
+    """Make an empty file, in one step; missing parent folders are made."""
     with named_errors(path):
-        target = local_path(path)
-        if target is None:
-            filesystem, inner = remote(path)
-            filesystem.pipe_file(inner, b"")
-            return
-        target.parent.mkdir(exist_ok=True)
-        target.touch()
+        target = _put(path, [])
+        if target is not None:
+            _open(target, "ab").close()
+
+
+def _put(path: str, parts: Sequence[Any]) -> Path | None:
+    """Put a file on an object store; of a local path only return it, to be written by the caller."""
+    target = local_path(path)
+    if target is None:
+        filesystem, inner = remote(path)
+        filesystem.pipe_file(inner, b"".join(parts))
+    return target
+
+
+def _create(target: Path) -> BinaryIO:
+    try:
+        return _open(target, "xb")
+    except FileExistsError:
+        target.unlink(missing_ok=True)
+        return _open(target, "xb")
+
+
+def _open(target: Path, mode: Literal["ab", "wb", "xb"]) -> BinaryIO:
+    """Open a file to be written; its folder is looked for only when that fails, as it nearly always exists."""
+    try:
+        return target.open(mode)
+    except FileNotFoundError:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target.open(mode)
 
 
 def sync_file(path: str) -> None:

@@ -228,10 +228,7 @@ class RowStore:
             raise StoreError(f"row {row} of {self.path} is not finite", expected="finite numbers")
         columns = np.stack([scale, *(scalars[name] for name in self.manifest.columns)], axis=1).astype("<f4")
         parts = {"rows": stored, "columns": columns}
-        for name, part in parts.items():
-            storage.write_parts(self._file(name, shard), self._layouts[name].encode(part))
-        for name in parts:
-            storage.sync_file(self._file(name, shard))
+        storage.write_files({self._file(name, shard): self._layouts[name].encode(part) for name, part in parts.items()})
         self._committed[shard] = commit(self.path, shard, stored, columns)
 
     def _check_writable(self, shard: int) -> None:

@@ -173,7 +173,7 @@ def steps(monkeypatch, at=None):
 
     watch(zarr.Array, "resize")
     watch(zarr.core.attributes.Attributes, "update")
-    for name in ("remove", "atomic_write", "write_parts", "sync_file", "create_empty"):
+    for name in ("remove", "atomic_write", "_create", "_sync_folder", "create_empty"):
         watch(storage, name)
     watch(sys.modules["llmattrib.build"], "atomic_write")
     watch(sys.modules["llmattrib.data"], "atomic_write")
@@ -190,7 +190,7 @@ def test_a_kill_before_any_write_leaves_the_old_store_or_one_that_goes_on(run, t
         count = steps(patch)
         build_features(run)
         last = len(count)
-    assert {"resize", "update", "remove", "atomic_write", "write_parts", "sync_file", "create_empty"} == set(count)
+    assert {"resize", "update", "remove", "atomic_write", "_create", "_sync_folder", "create_empty"} == set(count)
     for at in range(last):
         shutil.rmtree(run.run_dir)
         shutil.copytree(start, run.run_dir)
