@@ -1,6 +1,6 @@
 """How near sketched inner products are to exact ones, byte for byte.
 
-    python -m benchmarks.fidelity [--examples 12] [--seeds 2] [--points init trained] [--parts sizes rounding]
+    python -m benchmarks.fidelity [--examples 12] [--seeds 8] [--points init trained] [--parts sizes rounding]
 
 Exact per-example gradients of SmolLM2-135M (configs/smollm2.yaml: the demo's facts, LoRA of rank 8 on all linear
 layers), at `init` and at an adapter after 2 epochs of 16 facts. Every sketch is given 1, 4, 16 and 64 KB an example;
@@ -215,7 +215,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=12)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--points", nargs="+", choices=("init", "trained"), default=("init", "trained"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()

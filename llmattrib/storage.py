@@ -127,19 +127,15 @@ def write_files(files: Mapping[str, Sequence[Any]]) -> None:
         DiskSpaceError: the disk or the quota is full.
         StoreAccessError: a path cannot be written.
     """
-    with contextlib.ExitStack() as stack:
-        opened: dict[str, BinaryIO] = {}
-        for path, parts in files.items():
-            with named_errors(path):
-                target = _put(path, parts)
-                if target is not None:
-                    opened[path] = stack.enter_context(_create(target))
-                    opened[path].writelines(parts)
-                    opened[path].flush()
-        for path, file in opened.items():
-            with named_errors(path):
-                os.fsync(file.fileno())
-                _sync_folder(Path(file.name).parent)
+    for path, parts in files.items():
+        with named_errors(path):  # around the file: what a full disk did not take fails again when it is closed
+            target = _put(path, parts)
+            if target is not None:
+                with _create(target) as file:
+                    file.writelines(parts)
+                    file.flush()
+                    os.fsync(file.fileno())
+                _sync_folder(target.parent)
 
 
 def create_empty(path: str) -> None:
