@@ -11,6 +11,7 @@ import atexit
 import dataclasses
 import datetime
 import functools
+import gc
 import json
 import logging
 import os
@@ -353,8 +354,17 @@ def ranks() -> Ranks:
             expected="processes started by `accelerate launch`",
             fix="start through `accelerate launch --config_file launch/cpu.yaml ...`, or unset WORLD_SIZE",
         ) from error
-    atexit.register(state.destroy_process_group)  # left to the interpreter's end, its threads may outlive their locks
+    atexit.register(_leave, state)
     return Ranks(state.process_index, state.num_processes, str(state.device), sharding)
+
+
+def _leave(state: PartialState) -> None:
+    """End the process groups while the interpreter is whole: a thread of gloo that lives on may abort it at its end.
+
+    Models of shared weights hold groups and are part of cycles, so these are collected first.
+    """
+    gc.collect()
+    state.destroy_process_group()
 
 
 def _board() -> Any:

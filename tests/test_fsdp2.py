@@ -48,6 +48,8 @@ for run in sys.argv[2:]:
         "done": result.num_shards_done,
     }
     Path(sys.argv[1], f"{Path(run).stem}-{team.rank}.json").write_text(json.dumps(found))
+    extractors.clear()  # as after `llmattrib build`: process groups that live on at the interpreter's end may abort it
+    del extractor, parameters, parts, result
 """
 UNITS = {"init": 5, "single": 3, "logits": 5, "trained": 3}
 """Two blocks, the embeddings where they are not one, and what is left."""
