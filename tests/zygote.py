@@ -35,6 +35,7 @@ class Zygote:
 
     def start(self, log, *arguments, **env):
         """Start `llmattrib ARGUMENTS`; all it prints goes to the file `log`."""
+        Path(log).touch()  # it may be killed before it opens it
         return Child(self, self._ask({"start": list(map(str, arguments)), "log": str(log), "env": env}), Path(log))
 
     def status(self, pid):
