@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks._process import children_seconds
+
 HERE = Path(__file__).parent
 DURATIONS = HERE / "results" / "durations.json"
 ENVIRONMENT = {
@@ -33,10 +35,8 @@ def names() -> list[str]:
     return [path.stem for path in scripts if path.stem != "render"] + list(LAST)
 
 
-def record(name: str, wall: float, before: os.times_result) -> None:
-    """Write what a benchmark took beside what the others did."""
-    after = os.times()
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+def record(name: str, wall: float, cpu: float) -> None:
+    """Write the seconds that a benchmark took beside those of the others."""
     found = json.loads(DURATIONS.read_text("utf-8")) if DURATIONS.exists() else {}
     found[name] = {"cpu_minutes": round(cpu / 60, 1), "wall_minutes": round(wall / 60, 1)}
     DURATIONS.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -52,11 +52,11 @@ def main() -> None:
     for name in asked:
         print(f"== {name}", flush=True)
         command = [sys.executable, "-m", f"benchmarks.{name}"]
-        began, before = time.perf_counter(), os.times()
+        began, before = time.perf_counter(), children_seconds()
         if subprocess.run(command, cwd=HERE.parent, env=os.environ | ENVIRONMENT).returncode:
             failed.append(name)
         else:
-            record(name, time.perf_counter() - began, before)
+            record(name, time.perf_counter() - began, children_seconds() - before)
     subprocess.run([sys.executable, "-m", "benchmarks.render"], cwd=HERE.parent, check=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

@@ -98,8 +98,9 @@ def scores_of(config: RunConfig) -> Iterator[tuple[str, np.ndarray]]:
     if config.run_dir.endswith("init1"):
         for baseline in BASELINES:
             yield baseline, baseline_scores(run, baseline)
-    for name in ("features.zarr", "representers", "validation.zarr"):  # not sketched: tens of GB over all points
-        shutil.rmtree(Path(config.run_dir) / name, ignore_errors=True)
+    layout = config.layout
+    for path in (layout.features, layout.path("representers"), layout.validation):  # not sketched: tens of GB in all
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def name_of(method: str, point: str, count: int) -> str:

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._pages import fill
+from benchmarks._process import children_seconds
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, load_config, validate_config
 from llmattrib.index import build_index, open_index
@@ -307,11 +308,9 @@ def cold() -> dict[str, Any]:
     found: dict[str, Any] = {}
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for name, command in commands.items():
-        before = os.times()
+        before = children_seconds()
         subprocess.run([sys.executable, *command], check=True, capture_output=True, env=env)
-        after = os.times()
-        spent = after.children_user + after.children_system - before.children_user - before.children_system
-        found[f"{name}_cpu_seconds"] = round(spent, 2)
+        found[f"{name}_cpu_seconds"] = round(children_seconds() - before, 2)
     command = [sys.executable, "-c", PROFILE, folder, asked[1], asked[3]]
     texts = [subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout for _ in range(COLD)]
     profiles = [json.loads(text.splitlines()[-1]) for text in texts]

@@ -73,22 +73,27 @@ def write_store(path: Path, num_rows: int, rows: np.ndarray, dtype: str) -> None
 def write_memmap(path: Path, num_rows: int, rows: np.ndarray, dtype: str) -> None:
     """The same by numpy alone."""
     whole = np.memmap(path, dtype, "w+", shape=(num_rows, *rows.shape[1:]))
-    scales = np.memmap(scales_of(path), np.float32, "w+", shape=(num_rows, 1, 1))
+    scales = scales_of(path, num_rows, "w+") if has_scales(dtype, rows.dtype) else None
     for start in range(0, num_rows, SHARD_SIZE):
         place = slice(start, start + SHARD_SIZE)
-        if dtype == "int8" and rows.dtype != np.int8:
+        if scales is None:
+            whole[place] = rows
+        else:
             scale = np.abs(rows).max(axis=(1, 2), keepdims=True) / np.float32(127)
             scales[place] = scale
             whole[place] = np.rint(rows / scale)
             scales.flush()
-        else:
-            whole[place] = rows
         whole.flush()
 
 
-def scales_of(path: Path) -> Path:
-    """Where a memmap's scales are."""
-    return path.with_suffix(".scales")
+def has_scales(dtype: str, given: Any) -> bool:
+    """Whether a memmap of a dtype needs scales for rows of another."""
+    return dtype == "int8" and np.dtype(given) != np.int8
+
+
+def scales_of(path: Path, num_rows: int, mode: Any) -> np.memmap[Any, Any]:
+    """Open the scales of a memmap, which are a file beside it."""
+    return np.memmap(path.with_suffix(".scales"), np.float32, mode, shape=(num_rows, 1, 1))
 
 
 def read_store(path: Path) -> None:
@@ -100,11 +105,11 @@ def read_store(path: Path) -> None:
 def read_memmap(path: Path, num_rows: int, dim: int, dtype: str, wanted: str) -> None:
     """The same by numpy alone."""
     whole = np.memmap(path, dtype, "r", shape=(num_rows, 1, dim))
-    scales = np.memmap(scales_of(path), np.float32, "r", shape=(num_rows, 1, 1))
+    scales = scales_of(path, num_rows, "r") if has_scales(dtype, wanted) else None
     for start in range(0, num_rows, SHARD_SIZE):
         place = slice(start, start + SHARD_SIZE)
         rows = whole[place].astype(wanted)
-        if dtype == "int8" and wanted != dtype:
+        if scales is not None:
             rows *= scales[place]
 
 
