@@ -1,11 +1,12 @@
-"""Run benchmarks one after the other, then write docs/benchmarks.md.
+"""Run benchmarks one after the other, then write docs/benchmarks.md and the table of systems in README.md.
 
     python -m benchmarks [NAME ...]
 
 A name is a module of this folder, `peers.bergson_lds` among them; without names all run, which takes hours. Stopped and
 started again, that goes on with what has not run with this very code (runs/bench.json, which goes when all have). A
-failed one is named at the end and the others run. Each is a process of its own, one thread, no GPU, no network. What
-each took goes to benchmarks/results/durations.json.
+failed one is named at the end and the others run. Each is a process of its own, one thread unless it says otherwise, no
+GPU, no network. Tables of what several benchmarks measured are written last, whatever ran. What each took goes to
+benchmarks/results/durations.json.
 """
 
 import hashlib
@@ -31,12 +32,14 @@ ENVIRONMENT = {
 }
 LAST = ("peers.bergson_lds",)
 """Adds to what another one wrote."""
+TABLES = ("render", "systems")
+"""Measure nothing: they write what several benchmarks have measured."""
 
 
 def names() -> list[str]:
     """Return the benchmarks: every module here that is a script."""
     scripts = [path for path in sorted(HERE.glob("[a-z]*.py")) if "__main__" in path.read_text(encoding="utf-8")]
-    return [path.stem for path in scripts if path.stem != "render"] + list(LAST)
+    return [path.stem for path in scripts if path.stem not in TABLES] + list(LAST)
 
 
 def record(name: str, wall: float, cpu: float) -> None:
@@ -81,7 +84,8 @@ def main() -> None:
             if everything:
                 PROGRESS.parent.mkdir(exist_ok=True)
                 PROGRESS.write_text(json.dumps({"code": code, "done": done}), encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "benchmarks.render"], cwd=ROOT, check=True)
+    for name in TABLES:
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], cwd=ROOT, check=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
     if everything:

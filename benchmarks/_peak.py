@@ -10,9 +10,10 @@ from llmattrib.plan.shape import BatchShape
 
 _ROOT = Path(__file__).parents[1]
 _MEASURE = """
-import json, sys, threading, time
+import json, sys
 import torch
 import transformers.models.llama.modeling_llama
+from benchmarks._process import peak_bytes
 from llmattrib.extraction import load_extractor
 from llmattrib.config import load_config
 from llmattrib.encoding import Encoded
@@ -20,26 +21,13 @@ from llmattrib.features.sketch import Sketch
 
 torch.set_num_threads(1)
 path, count, width, completion = sys.argv[1], *map(int, sys.argv[2:])
-peak, done = 0, False
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident())
-        time.sleep(0.001)
-
-config, before = load_config(path), resident()
-threading.Thread(target=watch, daemon=True).start()
+config, imported = load_config(path), peak_bytes()
 extractor = load_extractor(config)
 examples = [Encoded((5,) * (width - (k > 0)), width - (k > 0) - completion // count, -1) for k in range(count)]
 sketch = Sketch(extractor.plan("oporp", 0, config.features.sketch.dim, [examples[:1]]))
 for _ in range(2):
     extractor.extract(examples, sketch)
-done = True
-print(json.dumps({"peak": peak - before}))
+print(json.dumps({"peak": peak_bytes() - imported}))
 """
 
 

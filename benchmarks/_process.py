@@ -10,12 +10,18 @@ from typing import Any
 _ROOT = Path(__file__).parents[1]
 
 
-def measured(module: str, folder: str, name: str) -> Any:
-    """Run `python -m benchmarks.MODULE --work FOLDER NAME` on one thread; return the JSON that it prints last."""
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--work", folder, name]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
+def measured(module: str, *words: str, threads: int = 1) -> Any:
+    """Run `python -m benchmarks.MODULE --work WORDS` on so many threads; return the JSON that it prints last."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--work", *words]
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(_ROOT)}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_bytes() -> int:
+    """Return this process's largest resident set; `ru_maxrss` would begin at that of the process that started it."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
 
 
 def children_seconds() -> float:

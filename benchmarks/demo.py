@@ -1,33 +1,33 @@
 """The demo over several seeds: recall of the teaching example for every method and tf-idf, time and peak memory.
 
-    python -m benchmarks.demo [--seeds 3] [--run-dir runs/demo-seeds] [--trained] [--readme]
+    python -m benchmarks.demo [--seeds 3] [--run-dir runs/demo-seeds] [--trained]
 
-Each seed is a process of its own, from training to scoreboard. Prompts of all seeds are pooled: recall is hits over
-prompts. Finished seeds are kept. The sketch of the first seed is compared with exact gradients. With --trained the
-same prompts and answers are traced with features at the trained adapter as well
-(`features.linearisation=trained`). Writes benchmarks/results/demo.json; with --readme also the table in README.md.
+Each seed is a process of its own with one thread, from its imports to the scoreboard. Prompts of all seeds are pooled:
+recall is hits over prompts. Finished seeds are kept. The sketch of the first seed is compared with exact gradients.
+With --trained the same prompts and answers are traced with features at the trained adapter as well
+(`features.linearisation=trained`). Writes benchmarks/results/demo.json and the table in README.md.
 """
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from benchmarks._pages import fill
+from benchmarks._process import measured, peak_bytes
 from llmattrib.build import build_features
 from llmattrib.config import load_config
-from llmattrib.demo import score
+from llmattrib.demo import run_demo, score
 from llmattrib.evaluate.sketch import sketch_fidelity
 from llmattrib.facts import choose_facts, make_probes
 from llmattrib.hits import Query
 from llmattrib.index import build_index
+from llmattrib.narration import ConsoleNarrator
 from llmattrib.query import Run
 from llmattrib.reduce import reduce_run
 from llmattrib.sections import METHODS
@@ -37,21 +37,23 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- demo:begin -->\n", "<!-- demo:end -->\n"
 
 
+def work(folder: str, seed: int) -> dict[str, Any]:
+    """Run one demo in this process and return what the process took."""
+    run_demo(folder, seed, ConsoleNarrator(Console(stderr=True)))
+    return {
+        "cpu_seconds": round(time.process_time(), 1),
+        "peak_memory_bytes": peak_bytes(),
+        "threads": torch.get_num_threads(),
+    }
+
+
 def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     """Run one demo, or read what an earlier run of this benchmark measured."""
     record = folder / "benchmark.json"
     if not record.exists():
-        start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "llmattrib.cli", "demo", "--run-dir", str(folder), "--seed", str(seed)]
-        subprocess.run(command, check=True)
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        figures = {
-            "seconds": round(time.perf_counter() - start, 1),
-            "cpu_seconds": round(used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime, 1),
-            "peak_memory_bytes": used.ru_maxrss * 1024,
-            "threads": torch.get_num_threads(),
-        }
-        record.write_text(json.dumps(figures) + "\n")
+        start = time.perf_counter()
+        figures = measured("demo", str(folder), str(seed))
+        record.write_text(json.dumps({"seconds": round(time.perf_counter() - start, 1), **figures}) + "\n")
     return json.loads((folder / "scoreboard.json").read_text()) | json.loads(record.read_text())  # type: ignore[no-any-return]
 
 
@@ -127,8 +129,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo-seeds"))
     parser.add_argument("--trained", action="store_true")
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--work", nargs=2, metavar=("FOLDER", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.work:
+        print(json.dumps(work(arguments.work[0], int(arguments.work[1]))))
+        return
     runs = [run_seed(arguments.run_dir / str(seed), seed) for seed in range(arguments.seeds)]
     keys = ("seed", "seconds", "cpu_seconds", "peak_memory_bytes", "threads")
     figures = [{key: run[key] for key in keys} for run in runs]
@@ -145,8 +150,7 @@ def main() -> None:
         )
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(RESULT.read_text())
-    if arguments.readme:
-        fill(README, BEGIN, table(result), END)
+    fill(README, BEGIN, table(result), END)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """`llmattrib evaluate all` on the two tasks of the ground truth: every question, every method, beside baselines.
 
-    python -m benchmarks.evaluation [--tasks sms facts] [--only NAME ...] [--curves KIND ...] [--docs]
+    python -m benchmarks.evaluation [--tasks sms facts] [--only NAME ...] [--curves KIND ...]
 
 A 1M-parameter Llama fine-tuned on 200 messages with 20 labels flipped (sms) and on 160 facts (facts), as in
 benchmarks/lds.py, which has the linear datamodelling scores on the same tasks. Features at initialisation, exact. One
 fine-tune a sub-model: small differences are noise, and the random rankings say how small. Resumes: sub-models that are
 there are kept. About a hundred fine-tunes of 3 to 8 seconds; --only and --curves measure a part and leave the other
-figures as they are. Writes benchmarks/results/evaluation.json; with --docs the tables and the picture of
-docs/evaluation.md (`--tasks --docs` renders what is recorded). Needs matplotlib.
+figures as they are. Writes benchmarks/results/evaluation.json, and the tables and the picture of docs/evaluation.md
+(`--tasks` alone renders what is recorded). Needs matplotlib.
 """
 
 import argparse
@@ -149,7 +149,6 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=TASKS)
     parser.add_argument("--only", nargs="+", choices=EVALUATIONS, default=())
     parser.add_argument("--curves", nargs="+", default=CURVES)
-    parser.add_argument("--docs", action="store_true")
     options = parser.parse_args()
     found = json.loads(RESULT.read_text())["tasks"] if RESULT.exists() else {}
     for task in options.tasks:
@@ -157,8 +156,7 @@ def main() -> None:
         RESULT.write_text(
             json.dumps({"tasks": {name: found[name] for name in TASKS if name in found}}, indent=1) + "\n"
         )
-    if options.docs:
-        write_docs()
+    write_docs()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How near the gradient family comes to further training of the final model, against the number of its steps.
 
-    python -m benchmarks.gold [--sets tabular text facts sms] [--docs]
+    python -m benchmarks.gold [--sets tabular text facts sms]
 
 Four final models: a tanh network on measurements of tumours (scikit-learn's breast cancer data), a network on tf-idf of
 factbook passages with eight sections, and the two tasks of the ground truth, LoRA on a 1M-parameter Llama. Each is
@@ -324,7 +324,6 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="*", choices=SETS, default=SETS)
-    parser.add_argument("--docs", action="store_true", help="also write the page and its plot")
     options = parser.parse_args()
     for name in options.sets:
         found = of_network(name) if name in ("tabular", "text") else of_llama(name)
@@ -333,8 +332,7 @@ def main() -> None:
         RESULT.write_text(json.dumps(tree, indent=1) + "\n")
         for row in found["rows"]:
             print(name, row["steps"], row["method"], row["cosine"], flush=True)
-    if options.docs:
-        write_docs()
+    write_docs()
 
 
 if __name__ == "__main__":

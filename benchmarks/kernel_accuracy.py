@@ -1,6 +1,6 @@
 """How near the estimators of the kernel game come to the truth, and at what cost, on features of a real model.
 
-    python -m benchmarks.kernel_accuracy [--only mean_field pydvl error_against_cost] [--docs]
+    python -m benchmarks.kernel_accuracy [--only mean_field pydvl error_against_cost]
 
 `mean_field_n5000_p512`: Shapley representers of 5,000 text messages (`_sms_game`) by the mean field on two threads,
 in a process of its own, against a long sampled reference for 64 held-out messages. `relative_error` holds the noise of
@@ -12,12 +12,15 @@ for one query, against ours: CPU seconds to the root-mean-square error that pyDV
 `make bench`.
 
 `error_against_cost_n1000`: mean field (three forms), random subsets, antithetic and plain permutations on 1,000 of the
-messages. With --docs also docs/kernel_game.md and its plot are written.
+messages.
+
+Results are merged by key into benchmarks/results/kernel_game.json; docs/kernel_game.md and its plot are written.
 """
 
 import argparse
 import functools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -27,7 +30,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import kernel_game
 from benchmarks._pages import fill
+from benchmarks._process import measured, peak_bytes
 from benchmarks._sms_game import FOLDER, SmsFeatures, load_features, reference
 from benchmarks.kernel_game import RESULT, cpu_seconds, merge
 from llmattrib.estimators.certificate import Certificate
@@ -36,31 +41,13 @@ from llmattrib.estimators.moments import Moments
 from llmattrib.estimators.permutation import Permutation
 from llmattrib.estimators.quadrature import SHAPLEY
 from llmattrib.estimators.subset import Subset
+from llmattrib.games.kernel import KernelGame
 
 HERE = Path(__file__).parent
 PLOT, PAGE = HERE.parent / "docs" / "kernel_game.png", HERE.parent / "docs" / "kernel_game.md"
 BEGIN, END = "<!-- table:begin -->\n", "<!-- table:end -->\n"
 TOP = 10
-CHILD = """
-import json, resource, sys
-import numpy as np
-from llmattrib.estimators.mean_field import MeanField
-from llmattrib.games.kernel import KernelGame
-tree = np.load(sys.argv[1])
-game = KernelGame(tree["features"], tree["responses"], float(tree["ridge"]))
-before = resource.getrusage(resource.RUSAGE_SELF)
-result = MeanField(form="total_gradient").init(game)
-used = resource.getrusage(resource.RUSAGE_SELF)
-np.save(sys.argv[2], result.representers)
-print(json.dumps({
-    "seconds": result.seconds,
-    "cpu_seconds": used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime,
-    "peak_memory_bytes": used.ru_maxrss * 1024,
-    "sum_rule_error": result.sum_rule_error,
-    "num_nodes": result.num_nodes,
-    "num_groups": result.num_groups,
-}))
-"""
+THREADS = 2
 
 
 def merged(shards: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray]:
@@ -82,12 +69,28 @@ def overlap(values: np.ndarray, others: np.ndarray) -> float:
     return float(np.mean([len(set(a) & set(b)) / TOP for a, b in zip(first.tolist(), second.tolist(), strict=True)]))
 
 
+def solve(made: Path, found: Path) -> dict[str, Any]:
+    """Read a game, write its representers, and return what that took of this process."""
+    tree = np.load(made)
+    game = KernelGame(tree["features"], tree["responses"], float(tree["ridge"]))
+    seconds, result = cpu_seconds(lambda: MeanField(form="total_gradient").init(game))
+    np.save(found, result.representers)
+    return {
+        "seconds": result.seconds,
+        "cpu_seconds": seconds,
+        "threads": int(os.environ["OMP_NUM_THREADS"]),
+        "peak_memory_bytes": peak_bytes(),
+        "sum_rule_error": result.sum_rule_error,
+        "num_nodes": result.num_nodes,
+        "num_groups": result.num_groups,
+    }
+
+
 def mean_field(features: SmsFeatures, num_draws: int) -> dict[str, Any]:
     """Time the mean field of all messages and hold it to the reference."""
     game, found, made = features.game(), FOLDER / "mean_field.npy", FOLDER / "game.npz"
     np.savez(made, features=game.features, responses=game.responses, ridge=game.ridge)
-    command = [sys.executable, "-c", CHILD, str(made), str(found)]
-    row: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    row: dict[str, Any] = measured("kernel_accuracy", str(made), str(found), threads=THREADS)
     values = features.queries @ np.load(found)[:, 0].T
     shards = list(reference(features, len(game.features), num_draws))
     gaps = np.stack([(shard.mean[..., 0] - values).ravel() for shard in shards])
@@ -217,8 +220,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--draws", type=int, default=6_400, help="of the reference for 5,000 messages")
     parser.add_argument("--permutations", type=int, default=32, help="by pyDVL")
-    parser.add_argument("--docs", action="store_true")
+    parser.add_argument("--work", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.work:
+        print(json.dumps(solve(*options.work)))
+        return
     start, features = time.perf_counter(), load_features()
     print(f"features: {time.perf_counter() - start:.0f} s", flush=True)
     if "mean_field" in options.only:
@@ -227,8 +233,9 @@ def main() -> None:
         merge("pydvl_n500", pydvl(features, options.permutations))
     if "error_against_cost" in options.only:
         merge("error_against_cost_n1000", error_against_cost(features))
-    if options.docs:
-        write_docs(json.loads(RESULT.read_text())["error_against_cost_n1000"])
+    if found := json.loads(RESULT.read_text()).get("error_against_cost_n1000"):
+        write_docs(found)
+    kernel_game.write_docs()
 
 
 if __name__ == "__main__":

@@ -18,14 +18,12 @@ error, products of E at all nodes (`estimators.response`) and the machine's load
 seconds / d log n of the cavity form by least squares; `slope_a_round` the same of seconds a fixed-point round, since
 the number of nodes varies.
 
-Results are merged by key into benchmarks/results/kernel_game.json, and the scaling into docs/kernel_game.md.
+Results are merged by key into benchmarks/results/kernel_game.json; its tables are written into docs/kernel_game.md.
 """
 
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._pages import fill
+from benchmarks._process import measured, peak_bytes
 from llmattrib.estimators import response
 from llmattrib.estimators.mean_field import MeanField
 from llmattrib.estimators.permutation import Permutation
@@ -181,12 +180,6 @@ def permutation_speedup(
     return row
 
 
-def peak_memory() -> int:
-    """Return this process's largest resident set in bytes; `ru_maxrss` would include the process that started it."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) * 1024
-
-
 def mean_field_row(form: str, num_players: int) -> dict[str, Any]:
     """Time one mean field, in this process."""
     both, _ = make_game(num_players, 512, 1)
@@ -207,7 +200,7 @@ def mean_field_row(form: str, num_players: int) -> dict[str, Any]:
         "wall_seconds": time.perf_counter() - begin,
         "cpu_seconds": cpu,
         "load_average_before": load,
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": peak_bytes(),
         "sum_rule_error": result.sum_rule_error,
         "quadrature_error": result.quadrature_error,
         "num_nodes": result.num_nodes,
@@ -222,11 +215,7 @@ def mean_field_scaling(gradient_sizes: list[int], cavity_sizes: list[int]) -> di
     rows = []
     for form, sizes in (("total_gradient", gradient_sizes), ("cavity", cavity_sizes)):
         for size in sizes:
-            command = [sys.executable, "-m", "benchmarks.kernel_game", "--mean-field-row", form, str(size)]
-            output = subprocess.run(
-                command, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True, stdout=subprocess.PIPE, text=True
-            ).stdout
-            rows.append(json.loads(output))
+            rows.append(measured("kernel_game", form, str(size), threads=2))
             print(json.dumps(rows[-1]), flush=True)
     cavity = [row for row in rows if row["form"] == "cavity"]
     size = np.log([row["num_players"] for row in cavity])
@@ -273,6 +262,15 @@ def speed_table(speedup: dict[str, Any], pydvl: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_docs() -> None:
+    """Write the tables of what is measured into their page; pyDVL is by `benchmarks.kernel_accuracy`."""
+    result = json.loads(RESULT.read_text())
+    if "mean_field_scaling" in result:
+        fill(PAGE, BEGIN, scaling_table(result["mean_field_scaling"]), END)
+    if {"permutation_speedup", "pydvl_n500"} <= set(result):
+        fill(PAGE, SPEED_BEGIN, speed_table(result["permutation_speedup"], result["pydvl_n500"]), SPEED_END)
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -284,10 +282,10 @@ def main() -> None:
     parser.add_argument("--gradient-sizes", type=int, nargs="+", default=[5_000, 20_000])
     parser.add_argument("--cavity-sizes", type=int, nargs="+", default=[1_000, 3_000, 10_000, 30_000, 100_000])
     parser.add_argument("--only", choices=["permutation_speedup", "mean_field_scaling"])
-    parser.add_argument("--mean-field-row", nargs=2, metavar=("FORM", "SIZE"), help="print one row and stop")
+    parser.add_argument("--work", nargs=2, metavar=("FORM", "SIZE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.mean_field_row:
-        form, size = options.mean_field_row
+    if options.work:
+        form, size = options.work
         print(json.dumps(mean_field_row(form, int(size))))
         return
     if options.only != "mean_field_scaling":
@@ -303,12 +301,9 @@ def main() -> None:
         ]
         speedups = {f"n{row['num_players']}": row["speedup"]["published"] for row in rows}
         merge("permutation_speedup", speedups | {"rows": rows})
-        result = json.loads(RESULT.read_text())
-        fill(PAGE, SPEED_BEGIN, speed_table(result["permutation_speedup"], result["pydvl_n500"]), SPEED_END)
     if options.only != "permutation_speedup":
-        scaling = mean_field_scaling(options.gradient_sizes, options.cavity_sizes)
-        merge("mean_field_scaling", scaling)
-        fill(PAGE, BEGIN, scaling_table(scaling), END)
+        merge("mean_field_scaling", mean_field_scaling(options.gradient_sizes, options.cavity_sizes))
+    write_docs()
 
 
 if __name__ == "__main__":

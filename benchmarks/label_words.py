@@ -1,6 +1,6 @@
 """Wrong labels found by data values, beside what needs no attribution: spam messages, and passages of eight topics.
 
-    python -m benchmarks.label_words [--tasks sms topics] [--docs]
+    python -m benchmarks.label_words [--tasks sms topics]
 
 Training examples are drawn from different texts and a tenth of their labels is flipped, all by named streams; test
 prompts keep their labels. Features are those of configs/smollm2_sms.yaml and configs/smollm2_topics.yaml, at
@@ -13,7 +13,7 @@ initialisation: no adapter is trained. Scores say how suspicious an example is:
 
 Measured: AUROC of the flipped, and their recall among the tenth most suspicious. For each test prompt that the ridge
 model gets wrong: the share of flipped examples among its five most harmful, beside the five most alike by tf-idf that
-have another label. Writes benchmarks/results/label_words.json; with --docs the tables in docs/label_words.md.
+have another label. Writes benchmarks/results/label_words.json and the tables in docs/label_words.md.
 """
 
 import argparse
@@ -200,7 +200,6 @@ def tables(result: dict[str, Any]) -> str:
 def main() -> None:
     """Measure tasks and write the JSON; figures of the other task stay."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--docs", action="store_true")
     parser.add_argument("--tasks", nargs="+", choices=list(ASSETS), default=list(ASSETS))
     arguments = parser.parse_args()
     kept = json.loads(RESULT.read_text())["tasks"] if RESULT.exists() else {}
@@ -208,8 +207,7 @@ def main() -> None:
     result = {"seed": SEED, "tasks": {task: measured[task] for task in ASSETS if task in measured}}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(RESULT.read_text())
-    if arguments.docs:
-        fill(DOCS, BEGIN, tables(result), END)
+    fill(DOCS, BEGIN, tables(result), END)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks._process import measured
-from benchmarks.reduce import peak_bytes
+from benchmarks._process import measured, peak_bytes
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, validate_config
 from llmattrib.index import build_index

@@ -1,6 +1,6 @@
 """Memory and time of `reduce` over a synthetic feature store, by one process and by two.
 
-    python -m benchmarks.reduce [--rows 200000] [--dim 512] [--methods influence,trak shapley]
+    python -m benchmarks.reduce [--rows 200000] [--dim 512] [--methods influence,trak banzhaf shapley]
 
 Rows are normal with a decaying spectrum, stored in float16. Each line is one job under the real launcher, one thread a
 process: peak resident memory (VmHWM), what importing alone took of it, and CPU seconds of each process. A quarter of
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._pages import fill
+from benchmarks._process import peak_bytes
 from llmattrib.config import RunConfig, validate_config
 from llmattrib.manifest import Manifest
 from llmattrib.rng import stream
@@ -34,6 +35,7 @@ RESULT = Path(__file__).parent / "results" / "reduce.json"
 PAGE = ROOT / "docs" / "scaling.md"
 BEGIN, END = "<!-- reduce:begin -->\n", "<!-- reduce:end -->\n"
 SHARD_SIZE = 1024
+METHODS = ["influence,trak", "banzhaf", "shapley"]
 COLUMNS = ("norm", "loss", "log_odds", "label")
 
 
@@ -54,12 +56,6 @@ def write_features(config: RunConfig, num_rows: int, dim: int) -> None:
         rng = stream(0, "benchmark", "reduce", str(shard))
         rows = rng.standard_normal((stop - start, 1, dim), np.float32) * spectrum
         store.write_shard(shard, rows, {name: rng.standard_normal(stop - start, np.float32) for name in COLUMNS})
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
 
 
 def work(folder: Path, methods: list[str]) -> None:
@@ -153,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--methods", nargs="+", default=["influence,trak", "shapley"], help="of one job each")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="of one job each")
     parser.add_argument("--quarter-only", action="store_true", help="leave the larger number of rows out")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

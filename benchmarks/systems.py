@@ -2,7 +2,7 @@
 
     python -m benchmarks.systems
 
-Reads the results of kernel_game, poison, tracin_we and gold; measures nothing itself.
+Reads the results of kernel_game, poison, tracin_we and gold; measures nothing itself. `make bench` ends with it.
 """
 
 import json

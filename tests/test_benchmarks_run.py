@@ -28,14 +28,14 @@ def run(folder: Path, *names: str) -> tuple[int, list[str], str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A project of three benchmarks and the page that is made of them."""
+    """A project of three benchmarks and the tables that are made of them."""
     (tmp_path / "llmattrib").mkdir()
     (tmp_path / "constraints.txt").touch()
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "benchmarks" / "peers").mkdir()
     for name in ("__main__.py", "_process.py"):
         shutil.copy(SOURCE / name, tmp_path / "benchmarks" / name)
-    for name in ("one", "two", "peers/bergson_lds", "render"):
+    for name in ("one", "two", "peers/bergson_lds", "render", "systems"):
         (tmp_path / "benchmarks" / f"{name}.py").write_text(SCRIPT)
     return tmp_path
 
@@ -45,10 +45,10 @@ def test_what_failed_is_named_and_runs_again_alone(folder: Path) -> None:
     status, ran, text = run(folder)
     assert status == 1
     assert "failed: one" in text
-    assert ran == ["one", "two", "bergson_lds", "render"]
+    assert ran == ["one", "two", "bergson_lds", "render", "systems"]
     (folder / "one.fails").unlink()
-    assert run(folder)[:2] == (0, ["one", "render"])
-    assert run(folder)[1] == ["one", "two", "bergson_lds", "render"]  # all had run: from the start
+    assert run(folder)[:2] == (0, ["one", "render", "systems"])
+    assert run(folder)[1] == ["one", "two", "bergson_lds", "render", "systems"]  # all had run: from the start
 
 
 def test_other_code_runs_from_the_start(folder: Path) -> None:
@@ -56,14 +56,14 @@ def test_other_code_runs_from_the_start(folder: Path) -> None:
     assert run(folder)[0] == 1
     (folder / "two.fails").unlink()
     (folder / "llmattrib" / "store.py").write_text("CHANGED = True\n")
-    assert run(folder)[1] == ["one", "two", "bergson_lds", "render"]
+    assert run(folder)[1] == ["one", "two", "bergson_lds", "render", "systems"]
 
 
 def test_what_is_asked_for_runs_and_leaves_the_rest(folder: Path) -> None:
     (folder / "one.fails").touch()
     run(folder)
-    assert run(folder, "two")[:2] == (0, ["two", "render"])
-    assert run(folder)[1] == ["one", "render"]
+    assert run(folder, "two")[:2] == (0, ["two", "render", "systems"])
+    assert run(folder)[1] == ["one", "render", "systems"]
     status, ran, text = run(folder, "three")
     assert (status, ran) == (1, [])
     assert "no benchmark is called three; there are one, two, peers.bergson_lds" in text
