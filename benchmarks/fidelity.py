@@ -3,9 +3,10 @@
     python -m benchmarks.fidelity [--examples 12] [--seeds 8] [--points init trained] [--parts sizes rounding]
 
 Exact per-example gradients of SmolLM2-135M (configs/smollm2.yaml: the demo's facts, LoRA of rank 8 on all linear
-layers), at `init` and at an adapter after 2 epochs of 16 facts. Every sketch is given 1, 4, 16 and 64 KB an example;
-recorded are the relative Frobenius error and the Spearman correlation of the off-diagonal inner products, means over
-seeds of the sketch:
+layers), at `init` and at an adapter after 2 epochs of facts, those that are scored and as many more as a run calibrates
+a sketch on. Widths of blocks are planned from the gradients of these others alone. Every sketch is given 1, 4, 16 and
+64 KB an example; recorded are the relative Frobenius error and the Spearman correlation of the off-diagonal inner
+products, means over seeds of the sketch, and the range of the error:
 
     float16, int8, int4   ours: block widths by gradient norm; stored rows, with a float32 scale each
     equal, size           float16 with blocks of equal width, or as wide as their share of the entries
@@ -13,10 +14,11 @@ seeds of the sketch:
     bergson               its projection per module, p x p for A and for B, in float32 as it stores them: its own
                           matrices on the same gradients. Its sizes come in steps, so log error is interpolated in log
                           bytes between the p below and the p above; where p = 1 is above already, that one counts
-    bergson_joint         its projection of all entries together, float32; at 1 KB alone (a matrix of signs for every
-                          dimension has to be drawn)
+    bergson_joint         its projection of all entries together, float32; at 1 and 4 KB alone and of fewer seeds (a
+                          matrix of signs for every dimension has to be drawn)
 
-`rounding`: the same errors at 1,024, 4,096 and 16,384 dimensions, whose rows are stored as float32, float16 and int8.
+`rounding`: the same errors at 1,024, 4,096 and 16,384 dimensions, whose rows are stored as float32, float16 and int8;
+the table has bergson's one projection beside those of as many dimensions, 4 KB of float32 being 1,024.
 
 Writes benchmarks/results/fidelity.json, point by point.
 """
@@ -46,16 +48,17 @@ KILOBYTES = (1, 4, 16, 64)
 SCALE_BYTES = 4
 BITS = {"float16": 16, "int8": 8, "int4": 4}
 SKETCHES = (*BITS, "equal", "size", "joint")
-MAX_JOINT_KB = 1
+MAX_JOINT_KB, JOINT_SEEDS = 4, 4
 DIMS = (1024, 4096, 16384)
 PARTS = ("sizes", "rounding")
-EXAMPLES_TO_LEARN, EPOCHS = 16, 2
+EPOCHS = 2
 
 
-def run_of(point: str) -> RunConfig:
-    """Return the run of one linearisation point; trains its adapter."""
-    common = [f"data.limit={EXAMPLES_TO_LEARN}", f"train.epochs={EPOCHS}", "model.device=cpu"]
-    config = load_config(ROOT / "configs" / "smollm2.yaml", [*common, "run_dir=runs/fidelity"])
+def run_of(point: str, num_scored: int) -> RunConfig:
+    """Return the run of one linearisation point, of the examples to score and to calibrate on; trains its adapter."""
+    file, common = ROOT / "configs" / "smollm2.yaml", [f"train.epochs={EPOCHS}", "model.device=cpu"]
+    limit = num_scored + load_config(file).features.sketch.calibration_examples
+    config = load_config(file, [*common, f"data.limit={limit}", f"run_dir=runs/fidelity-{limit}"])
     if point == "init":
         return config
     adapter = train_adapter(config).path
@@ -108,7 +111,7 @@ def two_sided(p: int, seed: int, exact: np.ndarray, layers: list[tuple[str, int,
     return torch.cat(parts, dim=1).numpy()
 
 
-def interpolated(size: int, cells: dict[int, dict[str, float]], num_modules: int) -> dict[str, float]:
+def interpolated(size: int, cells: dict[int, dict[str, Any]], num_modules: int) -> dict[str, float]:
     """Return bergson's error at a number of kilobytes from those of p below and above."""
     logs = {p: np.log(4 * num_modules * p * p / 1024) for p in cells}
     ordered = sorted(cells)
@@ -143,8 +146,8 @@ def matrices(extractor: Extractor) -> list[tuple[str, int, int]]:
 
 def mean_error(
     rows_of: Callable[[int], np.ndarray | None], exact_kernel: np.ndarray, seeds: int
-) -> dict[str, float] | None:
-    """Return the means over seeds of error and rank correlation."""
+) -> dict[str, Any] | None:
+    """Return the means over seeds of error and rank correlation, and the range of the error."""
     found, rows = [], None
     for seed in range(seeds):
         rows = rows_of(seed)
@@ -152,7 +155,14 @@ def mean_error(
             return None
         found.append(kernel_error(rows @ rows.T, exact_kernel))
     error, rank = np.mean(found, axis=0)
-    return {"dim": rows.shape[1], "frobenius_error": round(float(error), 5), "spearman": round(float(rank), 5)}
+    errors = [single for single, _ in found]
+    return {
+        "dim": rows.shape[1],
+        "seeds": seeds,
+        "frobenius_error": round(float(error), 5),
+        "range": [round(min(errors), 5), round(max(errors), 5)],
+        "spearman": round(float(rank), 5),
+    }
 
 
 def rounding(exact: np.ndarray, blocks: tuple[Block, ...], norms: np.ndarray, seeds: int) -> dict[str, Any]:
@@ -172,12 +182,13 @@ def rounding(exact: np.ndarray, blocks: tuple[Block, ...], norms: np.ndarray, se
 
 def measure(point: str, num_examples: int, seeds: int, parts: Sequence[str]) -> dict[str, Any]:
     """Return the errors of every sketch and size at one linearisation point."""
-    config = run_of(point)
+    config = run_of(point, num_examples)
     extractor = load_extractor(config)
     kept = encode_examples(config, extractor, load_examples(config.data))
     encoded, examples = kept.encoded[:num_examples], kept.examples[:num_examples]
     exact = exact_features(config, extractor, encoded, examples, lambda done, total: None)
-    norms = sum(extractor._block_norms(batch) for batch in calibration_batches(config, encoded))
+    others = calibration_batches(config, kept.encoded[num_examples:])
+    norms = sum(extractor._block_norms(batch) for batch in others)
     kernel, layers = exact @ exact.T, matrices(extractor)
     rounded = {"rounding": rounding(exact, extractor.blocks, np.asarray(norms), seeds)} if "rounding" in parts else {}
     if "sizes" not in parts:
@@ -195,10 +206,17 @@ def measure(point: str, num_examples: int, seeds: int, parts: Sequence[str]) -> 
         }
         found["bergson"] = interpolated(size, {p: cell for p, cell in cells.items() if cell}, len(layers))
         if size <= MAX_JOINT_KB:
-            found["bergson_joint"] = mean_error(partial(one_matrix, size, exact=exact, layers=layers), kernel, 1)
+            joint = partial(one_matrix, size, exact=exact, layers=layers)
+            found["bergson_joint"] = mean_error(joint, kernel, min(seeds, JOINT_SEEDS))
         rows[str(size)] = {name: cell for name, cell in found.items() if cell}
         print(point, size, json.dumps(rows[str(size)]), flush=True)
-    size_of = {"examples": len(encoded), "seeds": seeds, "gradient_dim": exact.shape[1], "blocks": len(layers)}
+    size_of = {
+        "examples": len(encoded),
+        "calibrated_on": sum(map(len, others)),
+        "seeds": seeds,
+        "gradient_dim": exact.shape[1],
+        "blocks": len(layers),
+    }
     return {**rounded, **size_of, "kilobytes": rows}
 
 

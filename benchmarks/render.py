@@ -93,15 +93,20 @@ def features(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def range_text(cell: dict[str, Any]) -> str:
+    """Render the range of an error over seeds."""
+    return f" ({cell['range'][0]:.3f}-{cell['range'][1]:.3f})"
+
+
 def fidelity(found: dict[str, Any]) -> str:
     """Render the errors of inner products: a table a linearisation point."""
     lines = []
     for point, cases in found["points"].items():
         size = f"{cases['gradient_dim']:,} entries in {cases['blocks']} blocks"
-        what = f"{cases['examples']} examples of {size}; seeds of the sketch: {cases['seeds']}"
+        what = f"{cases['examples']} examples of {size}; widths by {cases['calibrated_on']} other examples"
         sizes = list(cases["kilobytes"])
         lines += [
-            f"**`{point}`** ({what}; relative error, then rank correlation)",
+            f"**`{point}`** ({what}; relative error, then rank correlation, means of {cases['seeds']} seeds)",
             "",
             "| | " + " | ".join(f"{size} KB" for size in sizes) + " |",
             "|---" * (len(sizes) + 1) + "|",
@@ -110,12 +115,22 @@ def fidelity(found: dict[str, Any]) -> str:
             cells = [cases["kilobytes"][size].get(name) for size in sizes]
             if any(cells):
                 texts = [f"{cell['frobenius_error']:.3f}; {cell['spearman']:.3f}" if cell else "" for cell in cells]
+                fewer = {cell["seeds"] for cell in cells if cell and "seeds" in cell} - {cases["seeds"]}
+                label += "".join(f" ({seeds} seeds)" for seeds in fewer)
                 lines.append(f"| {label} | " + " | ".join(texts) + " |")
         lines.append("")
-    lines += ["| relative error at dimensions | float32 | float16 | int8 |", "|---|---|---|---|"]
+    lines += [
+        "| relative error (range over seeds) at dimensions | float32 | float16 | int8 | bergson, one projection |",
+        "|---|---|---|---|---|",
+    ]
     for point, cases in found["points"].items():
+        theirs = [cells["bergson_joint"] for cells in cases["kilobytes"].values() if "bergson_joint" in cells]
         for dim, cells in cases["rounding"].items():
             texts = [f"{cell['frobenius_error']:.4f}" for cell in cells.values()]
+            texts[0] += range_text(cells["float32"])
+            texts += [
+                f"{cell['frobenius_error']:.4f}{range_text(cell)}" for cell in theirs if cell["dim"] == int(dim)
+            ] or [""]
             lines.append(f"| `{point}`, {int(dim):,} | " + " | ".join(texts) + " |")
     lines.append("")
     return "\n".join(lines)

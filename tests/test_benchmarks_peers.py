@@ -26,3 +26,16 @@ def test_inner_products_are_nearer_than_those_of_bergson_byte_for_byte() -> None
     assert found["bergson_error_over_ours"] == fidelity.summary(found["points"])
     assert found["bergson_error_over_ours"]["int8"] >= 4
     assert found["bergson_error_over_ours"]["float16"] >= 2
+
+
+def test_one_projection_by_bergson_is_as_near_at_equal_dimensions_and_once_nearer_in_equal_bytes() -> None:
+    for point, cases in render.result("fidelity")["points"].items():
+        sizes = {int(size): cells for size, cells in cases["kilobytes"].items() if "bergson_joint" in cells}
+        assert sorted(sizes) == [1, 4]
+        theirs, ours = sizes[4]["bergson_joint"], cases["rounding"]["1024"]["float32"]
+        assert (theirs["dim"], theirs["seeds"]) == (1024, fidelity.JOINT_SEEDS)
+        assert max(theirs["range"][0], ours["range"][0]) <= min(theirs["range"][1], ours["range"][1])
+        for size, cells in sizes.items():
+            error = cells["bergson_joint"]["frobenius_error"]
+            assert cells["int8"]["frobenius_error"] < error
+            assert (cells["float16"]["frobenius_error"] < error) == ((point, size) != ("trained", 1))
