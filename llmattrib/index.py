@@ -1,8 +1,8 @@
 """A faiss index over the representers of one method: rows of [c, p] flattened to vectors of c * p.
 
     index/<method>.faiss        the index
-    index/<method>.sample.npy   all representers up to 4,096, else as many drawn at random: the sum of |value| over
-                                the training set, the denominator of a share, is read off them
+    index/<method>.sample.npy   some representers (index_sample.py): the sum of |value| over the training set, the
+                                denominator of a share, is read off them
     index/<method>.json         written last: digest of the representers, kind, sizes, checksums of the two files
 
 `flat` is exact and holds the vectors themselves. `scan` and `ivfpq` hold codes of the coordinates of coordinates.py.
@@ -20,12 +20,12 @@ Source: Douze et al., The Faiss library (2024), arXiv 2401.08281; Andre, Kermarr
 nearest neighbor search with Quick ADC (2017), arXiv 1704.07355.
 """
 
-import io
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,10 +43,13 @@ from llmattrib.index_record import (
     Kind,
     check_current,
     check_fits,
+    check_representers,
+    index_bytes,
     read_record,
     resolve_kind,
     shaping_settings,
 )
+from llmattrib.index_sample import SAMPLE_ROWS, draw, gather, read_sample, write_sample
 from llmattrib.layout import RunLayout
 from llmattrib.lock import locked
 from llmattrib.progress import Progress, silent
@@ -63,21 +66,27 @@ except ImportError as missing:
         fix="install llmattrib with the extra `cpu` or `gpu`",
     ) from missing
 
-SAMPLE_ROWS = 4096
-MAX_POINTS_PER_CENTROID = 256  # and draws this many above it
+MAX_POINTS_PER_CENTROID = 256  # faiss draws this many above it
 MAX_GPU_HITS = 2048  # and lists probed
 TRAINING_ROWS = 65_536
 CANDIDATES_PER_HIT = 20  # at least
+SMALLER_FILE = "free space, set run_dir on a larger disk, or set index.kind=ivfpq: its file holds codes alone"
 
 
 class VectorIndex:
     """An opened index. Made by `open_index`."""
 
     def __init__(
-        self, index: Any, kind: Kind, config: IndexConfig, representers: RowStore, sample: Float[np.ndarray, "m d"]
+        self,
+        index: Any,
+        kind: Kind,
+        config: IndexConfig,
+        representers: RowStore,
+        check_representers: Callable[[], None],
+        sample: Float[np.ndarray, "m d"],
     ) -> None:
         self._index, self._kind, self._config = index, kind, config
-        self._representers, self._sample = representers, sample
+        self._representers, self._check_representers, self._sample = representers, check_representers, sample
         self._gpu_index = None
         probes = min(config.ivf_probes, config.ivf_lists) if kind == "ivfpq" else 0
         if kind == "ivfpq":
@@ -129,8 +138,16 @@ class VectorIndex:
         return (scores[:num], rows[:num]), (-scores[num:], rows[num:])
 
     def vectors(self, rows: Int[np.ndarray, " k"]) -> Float[np.ndarray, "k d"]:
-        """Read representers from their store; each costs the read of its chunk of about 64 rows."""
-        read = [self._representers.read(row, row + 1).reshape(1, -1) for row in rows.tolist()]
+        """Read representers from their store; each costs the read of its chunk of about 64 rows.
+
+        Raises:
+            StaleIndexError: the store holds others by now.
+            CorruptShardError: they cannot be read.
+        """
+        try:
+            read = [self._representers.read(row, row + 1).reshape(1, -1) for row in rows.tolist()]
+        finally:
+            self._check_representers()  # not before: `reduce` may replace them while they are read
         return np.concatenate([np.empty((0, self.dim), np.float32), *read])
 
     def _num_candidates(self, k: int) -> int:
@@ -193,6 +210,7 @@ def build_index(config: RunConfig, method: Method, progress: Progress = silent) 
         StoreNotFoundError: the method was not reduced yet.
         IncompleteStoreError: its representers are not finished.
         ConfigError: the representers cannot be indexed with these settings.
+        DiskSpaceError: the index would not fit on the disk.
         StoreLockedError: another process writes an index of this run now.
     """
     began = time.perf_counter()
@@ -214,13 +232,13 @@ def build_index(config: RunConfig, method: Method, progress: Progress = silent) 
     if stored is not None and is_reused:
         manifest = stored
     else:
+        check_fits(config.index, kind, num_rows, dim)
+        storage.require_space(path, index_bytes(config.index, num_rows, dim), SMALLER_FILE)
         index, sample = _fill(kind, store, config, progress)
         with locked(layout.path("index")):
             storage.remove(layout.index_manifest(method))
             manifest["num_bytes"] = _write_index(index, path)
-            buffer = io.BytesIO()
-            np.save(buffer, sample)
-            storage.atomic_write(layout.index_sample(method), buffer.getvalue())
+            write_sample(layout.index_sample(method), sample)
             manifest["checksums"] = [storage.checksum(file) for file in (path, layout.index_sample(method))]
             text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
             storage.atomic_write(layout.index_manifest(method), text.encode())
@@ -234,7 +252,7 @@ def open_index(config: RunConfig, method: Method) -> VectorIndex:
     Raises:
         StoreNotFoundError: there is none.
         StaleIndexError: it was built from other representers or with other settings.
-        CorruptShardError: the file is not what was written.
+        CorruptShardError: a file is not what was written.
     """
     layout = config.layout
     manifest = read_record(layout.index_manifest(method))
@@ -247,8 +265,9 @@ def open_index(config: RunConfig, method: Method) -> VectorIndex:
     store = _open_representers(layout, method)
     kind = check_current(layout.index(method), manifest, store, config.index)
     index = _read_index(layout.index(method), manifest["num_bytes"])
-    sample = np.load(io.BytesIO(_read(layout.index_sample(method))), allow_pickle=False)
-    return VectorIndex(index, kind, config.index, store, sample)
+    sample = read_sample(layout.index_sample(method), manifest["num_rows"], manifest["dim"])
+    check = partial(check_representers, layout.index(method), manifest, store)
+    return VectorIndex(index, kind, config.index, store, check, sample)
 
 
 def _open_representers(layout: RunLayout, method: Method) -> RowStore:
@@ -260,8 +279,7 @@ def _open_representers(layout: RunLayout, method: Method) -> RowStore:
 def _fill(kind: Kind, store: RowStore, config: RunConfig, progress: Progress) -> tuple[Any, np.ndarray]:
     """Return the filled index and the sample of representers, in one pass (two for scan and ivfpq)."""
     num_rows, dim = store.manifest.num_rows, store.manifest.num_outputs * store.manifest.dim
-    check_fits(config.index, kind, num_rows, dim)
-    sampled = _draw(config.seed, "shares", num_rows, SAMPLE_ROWS)
+    sampled = draw(config.seed, "shares", num_rows, SAMPLE_ROWS)
     sample = np.empty((len(sampled), dim), np.float32)
     with _one_thread():
         if kind in ("scan", "ivfpq"):
@@ -284,7 +302,7 @@ def _empty_coded(kind: Kind, store: RowStore, config: RunConfig) -> tuple[Any, C
     Queries are mapped by the index itself; rows have another map, so they are added to its parts.
     """
     most = max(TRAINING_ROWS, MAX_POINTS_PER_CENTROID * config.index.ivf_lists if kind == "ivfpq" else 0)
-    sample = _gather(store, _draw(config.seed, "training", store.manifest.num_rows, most))
+    sample = gather(store, draw(config.seed, "training", store.manifest.num_rows, most))
     multiple = 2 if kind == "scan" else config.index.pq_subquantizers
     maps = coordinates_of(config, store, sample, TRAINING_ROWS, config.index.tail, multiple)
     dim, width = maps.of_rows.shape
@@ -303,21 +321,6 @@ def _empty_coded(kind: Kind, store: RowStore, config: RunConfig) -> tuple[Any, C
         coded.ntotal = index.ntotal = codes.ntotal
 
     return index, add
-
-
-def _draw(seed: int, name: str, num_rows: int, most: int) -> np.ndarray:
-    """Return at most `most` row numbers without repeats, sorted."""
-    if num_rows <= most:
-        return np.arange(num_rows)
-    return np.sort(stream(seed, "index", name).choice(num_rows, most, replace=False))
-
-
-def _gather(store: RowStore, wanted: np.ndarray) -> np.ndarray:
-    parts = []
-    for start, rows in store.blocks():
-        first, last = np.searchsorted(wanted, (start, start + len(rows)))
-        parts.append(rows[wanted[first:last] - start].reshape(last - first, -1))
-    return np.concatenate(parts)
 
 
 def _empty_whole(kind: Kind, config: IndexConfig, dim: int) -> Any:
@@ -353,7 +356,11 @@ def _one_thread() -> Iterator[None]:
 
 
 def _write_index(index: Any, path: str) -> int:
-    """Write atomically; return the number of bytes. A local file is written in place, not through memory."""
+    """Write atomically; return the number of bytes. A local file is written in place, not through memory.
+
+    The file is Python's: faiss's own passes over a failing close, and so over what a full disk did not take of the last
+    buffer, and its other errors have no number.
+    """
     local = storage.local_path(path)
     if local is None:
         data = faiss.serialize_index(index).tobytes()
@@ -361,16 +368,20 @@ def _write_index(index: Any, path: str) -> int:
         return len(data)
     local.parent.mkdir(parents=True, exist_ok=True)
     storage.remove_partial(str(local.parent))
-    partial = local.with_name(f".{local.name}.{os.getpid()}{storage.PARTIAL}")
+    unfinished = local.with_name(f".{local.name}.{os.getpid()}{storage.PARTIAL}")
     with storage.named_errors(path):
         try:
-            faiss.write_index(index, str(partial))
-        except RuntimeError as error:  # faiss says so when the disk is full
-            partial.unlink(missing_ok=True)
-            raise OSError(str(error)) from error
-        storage.sync_file(str(partial))
-        partial.replace(local)
-        return local.stat().st_size
+            with unfinished.open("wb") as file:
+                faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+                num_bytes = file.tell()
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
+        unfinished.replace(local)
+        storage.sync_file(str(local))
+        return num_bytes
 
 
 def _read_index(path: str, num_bytes: int) -> Any:
@@ -387,13 +398,6 @@ def _read_index(path: str, num_bytes: int) -> Any:
         expected=f"the {num_bytes:,} bytes that were written",
         fix=f"delete {path.removesuffix('.faiss')}.json and run `llmattrib index` again",
     )
-
-
-def _read(path: str) -> bytes:
-    try:
-        return storage.read_bytes(path)
-    except FileNotFoundError as error:
-        raise CorruptShardError(f"{path} is missing", fix="delete the index folder and index again") from error
 
 
 def verify_index(path: str, sample: str, manifest_path: str, store: RowStore | None) -> str:

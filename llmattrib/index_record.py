@@ -1,4 +1,4 @@
-"""What an index was made from, and which kind `auto` is: the record beside an index file. Knows nothing of faiss."""
+"""What an index was made from, its size, and which kind `auto` is: the record beside it. Knows nothing of faiss."""
 
 import json
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from llmattrib import storage
 from llmattrib.errors import ConfigError, StaleIndexError
+from llmattrib.index_sample import SAMPLE_ROWS
 from llmattrib.sections import IndexConfig, Method
 from llmattrib.store import RowStore
 
@@ -66,6 +67,28 @@ def resolve_kind(config: IndexConfig, num_rows: int, dim: int) -> Kind:
     return "flat" if num_rows < FLAT_BELOW or dim > MAX_CODED_DIM else "scan"
 
 
+def index_bytes(config: IndexConfig, num_rows: int, dim: int) -> int:
+    """Return the bytes of one method's index file and of its sample of vectors for shares.
+
+    Args:
+        config: its kind and settings.
+        num_rows: n.
+        dim: c * p.
+    """
+    vector = 4 * dim  # float32
+    sample, kind = min(num_rows, SAMPLE_ROWS) * vector, resolve_kind(config, num_rows, dim)
+    if kind == "flat":
+        return num_rows * vector + sample
+    if kind == "scan":  # at most: codes are of as many coordinates as the data need
+        return num_rows * (vector + dim // 4) + dim * vector + sample
+    if kind == "hnsw":  # level l >= 1 holds M^-l of the rows; offsets 8 bytes, levels 4
+        m = config.hnsw_neighbors
+        links = 2 * m + (m / (m - 1) if m > 1 else 1)
+        return num_rows * (vector + 12) + round(4 * links * num_rows) + sample
+    codebooks = (config.ivf_lists + (1 << PQ_BITS) + dim) * vector
+    return num_rows * (config.pq_subquantizers + 8) + codebooks + sample
+
+
 def check_fits(config: IndexConfig, kind: Kind, num_rows: int, dim: int) -> None:
     """Raise where an index of a kind cannot be made.
 
@@ -110,11 +133,11 @@ def read_record(path: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
 
 
-def check_current(path: str, record: dict[str, Any], store: RowStore, config: IndexConfig) -> Kind:
-    """Return the kind of the index at `path`.
+def check_representers(path: str, record: dict[str, Any], store: RowStore) -> None:
+    """Compare the index at `path` with the representers that are there: one listing.
 
     Raises:
-        StaleIndexError: it is of other representers than `store` holds, or of other settings than `config` has.
+        StaleIndexError: it is of others.
     """
     if record["representers"] != store.digest():
         raise StaleIndexError(
@@ -122,6 +145,15 @@ def check_current(path: str, record: dict[str, Any], store: RowStore, config: In
             expected="an index of the present representers",
             fix="run `llmattrib index` again",
         )
+
+
+def check_current(path: str, record: dict[str, Any], store: RowStore, config: IndexConfig) -> Kind:
+    """Return the kind of the index at `path`.
+
+    Raises:
+        StaleIndexError: it is of other representers than `store` holds, or of other settings than `config` has.
+    """
+    check_representers(path, record, store)
     kind = resolve_kind(config, record["num_rows"], record["dim"])
     wanted = shaping_settings(config, kind)
     if record["settings"] != wanted:

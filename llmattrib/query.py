@@ -24,7 +24,7 @@ from llmattrib.config import RunConfig, load_config
 from llmattrib.coordinates import Transform
 from llmattrib.data import Example, Message, label_word, read_examples
 from llmattrib.encoding import Encoded, collate, encode, encode_prompt, end_of_turn_id, length_batches
-from llmattrib.errors import ConfigError, FingerprintMismatchError, MethodError
+from llmattrib.errors import ConfigError, FingerprintMismatchError, MethodError, StaleIndexError
 from llmattrib.estimators.q_profile import QProfile
 from llmattrib.extraction import batch_memory, extract_rows, load_extractor, model_fingerprint
 from llmattrib.features.extract import Extractor
@@ -254,7 +254,7 @@ class Run:
         for method, attribution in found.items():
             vectors = attribution.vectors(phi, slots, by_words)
             shortlist = rerank or (self.config.words.shortlist if method == WORDS else 0)
-            pools: list[Pool] = list(attribution.index.extremes(vectors, max(top, shortlist)))
+            pools = self._extremes(method, vectors, max(top, shortlist))
             if method == WORDS:
                 pools = resorted(pools, lambda row, rows: self._words.values(by_words[row], rows))
             elif rerank:
@@ -401,6 +401,18 @@ class Run:
             sketch = WordSketch(**store.manifest.info["word_sketch"]) if method == WORDS else None
             self._attributions[method] = _Attribution(index, Transform.of(store), total, sketch)
         return self._attributions[method]
+
+    def _extremes(self, method: Method, vectors: Float[np.ndarray, "q d"], k: int) -> list[Pool]:
+        """Search the index of a method on both sides.
+
+        Raises:
+            StaleIndexError: its representers were replaced meanwhile; the next query opens what is there then.
+        """
+        try:
+            return list(self._attributions[method].index.extremes(vectors, k))
+        except StaleIndexError:
+            del self._attributions[method]
+            raise
 
     def _exact(
         self, attribution: _Attribution, examples: Sequence[Example], encoded: Sequence[Encoded]

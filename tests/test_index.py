@@ -1,6 +1,7 @@
 """The index against plain inner products: values, order, harmful side, shares, reuse, staleness, damage."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,19 @@ import numpy as np
 import pytest
 
 from llmattrib.config import RunConfig, validate_config
-from llmattrib.errors import ConfigError, CorruptShardError, IncompleteStoreError, StaleIndexError, StoreNotFoundError
-from llmattrib.index import SAMPLE_ROWS, build_index, open_index, verify_index
-from llmattrib.index_record import check_fits, resolve_kind
+from llmattrib.errors import (
+    ConfigError,
+    CorruptShardError,
+    DiskSpaceError,
+    IncompleteStoreError,
+    StaleIndexError,
+    StoreNotFoundError,
+)
+from llmattrib.index import build_index, open_index, verify_index
+from llmattrib.index_record import check_fits, index_bytes, resolve_kind
+from llmattrib.index_sample import SAMPLE_ROWS
 from llmattrib.manifest import Manifest
-from llmattrib.plan.cost import index_bytes
+from llmattrib.query import Run
 from llmattrib.rng import stream
 from llmattrib.sections import IndexConfig, ReduceConfig
 from llmattrib.settings import resolve
@@ -50,6 +59,7 @@ def write_both(config: RunConfig, rows: np.ndarray, features: np.ndarray | None 
     manifest = Manifest("representers", n, c, p, "float32", 1024, (), {"features": store.digest()}, asdict(settings))
     kept = RowStore.create(config.layout.representers("trak"), manifest)
     kept.write_vector("mean", features.mean(0) if center else np.zeros((c, p), np.float32))
+    kept.write_vector("total", rows.sum(0))
     for shard in kept.pending():
         kept.write_shard(shard, rows[slice(*kept.shard_range(shard))], {})
 
@@ -375,13 +385,89 @@ def test_damaged_index_is_named(tmp_path: Path, damage: str) -> None:
         open_index(config, "trak")
 
 
-def test_missing_sample_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [None, 0, 40, -5, "of other rows"])
+def test_damaged_sample_is_named(tmp_path: Path, kept: int | str | None) -> None:
     config = make_run(tmp_path)
     write_representers(config, draw(30, 1, 8))
     build_index(config, "trak")
-    Path(config.layout.index_sample("trak")).unlink()
-    with pytest.raises(CorruptShardError, match=r"trak\.sample\.npy is missing"):
+    sample = Path(config.layout.index_sample("trak"))
+    if kept is None:
+        sample.unlink()
+    elif isinstance(kept, int):
+        sample.write_bytes(sample.read_bytes()[:kept])
+    else:
+        np.save(sample, np.zeros((29, 8), np.float32))
+    with pytest.raises(CorruptShardError, match=r"trak\.sample\.npy is missing or not whole\n.*30 representers of 8 n"):
         open_index(config, "trak")
+
+
+@pytest.mark.parametrize("missing", [500, 20_000])
+def test_a_disk_that_fills_up_leaves_no_index(tmp_path: Path, missing: int) -> None:
+    """Of the last bytes faiss's own writer would say nothing: they fail when the file is closed."""
+    config = make_run(tmp_path)
+    write_representers(config, draw(400, 1, 16))
+    size = len(faiss.serialize_index(faiss.IndexFlatIP(16))) + 400 * 16 * 4
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - missing, limits[1]))
+    try:
+        with pytest.raises(DiskSpaceError, match=r"trak\.faiss could not be written.*\n.*free space"):
+            build_index(config, "trak")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(Path(config.layout.path("index")).iterdir()) == []
+    result = build_index(config, "trak")
+    assert (result.is_reused, result.num_bytes) == (False, size)
+    assert Path(result.path).read_bytes() == faiss.serialize_index(faiss.read_index(result.path)).tobytes()
+    assert open_index(config, "trak").num_rows == 400
+
+
+def test_a_disk_without_room_is_found_before_the_index_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_run(tmp_path)
+    write_representers(config, draw(400, 1, 16))
+    usage, needed = shutil.disk_usage(tmp_path), index_bytes(config.index, 400, 16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(DiskSpaceError, match=r"(?s)trak\.faiss needs .* GB more.*set index\.kind=ivfpq"):
+        build_index(config, "trak", lambda done, total: pytest.fail("a row was added"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    assert build_index(config, "trak").num_rows == 400
+
+
+def test_an_open_index_does_not_mix_in_representers_that_replaced_its_own(tmp_path: Path) -> None:
+    config = make_run(tmp_path, **APPROXIMATE["ivfpq"])
+    rows, queries = clustered(10_000, 16), clustered(2, 16).reshape(2, -1)
+    write_both(config, rows)
+    build_index(config, "trak")
+    index, path = open_index(config, "trak"), Path(config.layout.representers("trak"))
+    assert (index.search(queries, 5)[1] >= 0).all()
+    for file in path.glob("rows/c.*"):
+        file.unlink()
+    with pytest.raises(CorruptShardError, match="has no data on disk"):
+        index.search(queries, 5)
+    for shards in (0, 2, None):  # of a `reduce` that has written nothing yet, is at work, is done
+        shutil.rmtree(path)
+        write_representers(config, -rows, shards=shards)
+        for search in (index.search, index.extremes):
+            with pytest.raises(StaleIndexError, match=r"trak\.faiss was built from other representers"):
+                search(queries, 5)
+
+
+def test_an_opened_run_takes_the_index_that_was_made_again(tmp_path: Path) -> None:
+    config = make_run(tmp_path, **APPROXIMATE["ivfpq"])
+    rows, queries = clustered(10_000, 16), clustered(2, 16).reshape(2, -1)
+    write_both(config, rows)
+    build_index(config, "trak")
+    run = Run(config)
+    run._attribution("trak")
+    shutil.rmtree(config.layout.representers("trak"))
+    write_both(config, -rows, rows)
+    for ask in (lambda: run._extremes("trak", queries, 5), lambda: run._attribution("trak")):
+        with pytest.raises(StaleIndexError, match="run `llmattrib index` again"):
+            ask()
+    build_index(config, "trak")
+    run._attribution("trak")
+    (scores, found), _ = run._extremes("trak", queries, 5)
+    exact = -(queries @ rows.reshape(len(rows), -1).T)
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, found, axis=1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 0}'])

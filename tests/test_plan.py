@@ -23,6 +23,7 @@ from llmattrib.extraction import calibration_batches, encode_examples, load_extr
 from llmattrib.features.extract import COLUMNS
 from llmattrib.features.sketch import Sketch
 from llmattrib.index import build_index
+from llmattrib.index_record import index_bytes
 from llmattrib.manifest import Manifest
 from llmattrib.plan import cost
 from llmattrib.plan.run import HEAP_FACTOR, PEAK_FLOPS, plan_run
@@ -193,7 +194,7 @@ def test_storage_of_a_larger_store_is_within_one_per_cent(tmp_path: Path, kind: 
     assert cost.representers_bytes(config, n, dim) == pytest.approx(folder_bytes(store.path), rel=0.01)
     result = build_index(config, "grad_dot")
     sample = Path(config.layout.index_sample("grad_dot")).stat().st_size
-    assert cost.index_bytes(config.index, n, dim) == pytest.approx(result.num_bytes + sample, rel=0.01)
+    assert index_bytes(config.index, n, dim) == pytest.approx(result.num_bytes + sample, rel=0.01)
 
 
 def test_the_columns_of_the_features_are_those_of_build(tmp_path: Path) -> None:

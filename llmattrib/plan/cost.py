@@ -13,7 +13,7 @@ from llmattrib.config import RunConfig
 from llmattrib.estimators.mean_field import LARGE, MeanField
 from llmattrib.estimators.streamed import StreamedField
 from llmattrib.features.curvature import fit_bytes
-from llmattrib.index import MAX_POINTS_PER_CENTROID, SAMPLE_ROWS, TRAINING_ROWS
+from llmattrib.index import MAX_POINTS_PER_CENTROID, TRAINING_ROWS
 from llmattrib.index_record import PQ_BITS, resolve_kind
 from llmattrib.manifest import Manifest
 from llmattrib.plan.shape import ModelShape
@@ -143,28 +143,6 @@ def representers_bytes(config: RunConfig, num_rows: int, dim: int) -> int:
 
 def _shard(config: RunConfig) -> int:
     return config.features.shard_size
-
-
-def index_bytes(config: IndexConfig, num_rows: int, dim: int) -> int:
-    """Return the bytes of one method's index file and of its sample of vectors for shares.
-
-    Args:
-        config: its kind and settings.
-        num_rows: n.
-        dim: c * p.
-    """
-    vector = _VECTOR_BYTES * dim
-    sample, kind = min(num_rows, SAMPLE_ROWS) * vector, resolve_kind(config, num_rows, dim)
-    if kind == "flat":
-        return num_rows * vector + sample
-    if kind == "scan":  # at most: codes are of as many coordinates as the data need
-        return num_rows * (vector + dim // 4) + dim * vector + sample
-    if kind == "hnsw":  # level l >= 1 holds M^-l of the rows; offsets 8 bytes, levels 4
-        m = config.hnsw_neighbors
-        links = 2 * m + (m / (m - 1) if m > 1 else 1)
-        return num_rows * (vector + 12) + round(4 * links * num_rows) + sample
-    codebooks = (config.ivf_lists + (1 << PQ_BITS) + dim) * vector
-    return num_rows * (config.pq_subquantizers + 8) + codebooks + sample
 
 
 def index_flops(config: IndexConfig, num_rows: int, dim: int) -> dict[str, int]:

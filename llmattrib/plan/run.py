@@ -15,6 +15,7 @@ from llmattrib.data import load_examples
 from llmattrib.encoding import Encoded, encode_all, length_batches, length_limit
 from llmattrib.errors import ConfigError, ModelNotFoundError
 from llmattrib.extraction import run_adapters
+from llmattrib.index_record import index_bytes
 from llmattrib.plan import cost
 from llmattrib.plan.cost import Tokens
 from llmattrib.plan.shape import BatchShape, EmptyModel, ModelShape, batch_peak, empty_model
@@ -307,7 +308,7 @@ def _scale(config: RunConfig, shape: ModelShape, tokens: Tokens, dim: int, num_a
         hours={device: flops / (rate * config.plan.efficiency * 3600) for device, rate in PEAK_FLOPS.items()},
         features_bytes=cost.features_manifest(config, n, dim).num_bytes,
         representers_bytes=cost.representers_bytes(config, n, dim),
-        index_bytes=cost.index_bytes(config.index, n, width),
+        index_bytes=index_bytes(config.index, n, width),
         index_build_flops=index["build"],
         index_search_flops=index["search"],
         reduce=tuple(cost.reduce_cost(config, method, n, dim) for method in config.reduce.methods),
