@@ -7,7 +7,7 @@ LoRA on all linear layers with A and B different from zero. Lengths are log-norm
 tokens, the last quarter of each being the completion.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +51,18 @@ class Case:
         return sum(map(len, self.examples))
 
     @property
+    def groups(self) -> list[list[int]]:
+        """Rows of each batch, of similar length. All contenders take these, so padding is the same for all."""
+        return length_batches([len(example) for example in self.examples], self.token_budget)
+
+    @property
     def batches(self) -> list[list[Encoded]]:
-        """Batches of examples of similar length."""
-        groups = length_batches([len(example) for example in self.examples], self.token_budget)
-        return [[self.examples[row] for row in group] for group in groups]
+        """Examples of each batch."""
+        return [[self.examples[row] for row in group] for group in self.groups]
+
+    def fullest(self) -> "Case":
+        """Return the case of the batch alone that has most tokens."""
+        return replace(self, examples=max(self.batches, key=lambda batch: sum(map(len, batch))))
 
     def load(self) -> LoadedModel:
         """Load model and adapter, frozen, on the CPU."""

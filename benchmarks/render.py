@@ -34,6 +34,7 @@ LABELS = {
 }
 TITLES = {
     "tiny_r8": "Llama of 1M parameters, LoRA rank 8",
+    "tiny_r16": "Llama of 1M parameters, LoRA rank 16",
     "smollm2_r8": "SmolLM2-135M, LoRA rank 8",
     "smollm2_r16": "SmolLM2-135M, LoRA rank 16",
     "smollm2_r8_joint": "SmolLM2-135M, LoRA rank 8, one projection of all entries",

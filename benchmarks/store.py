@@ -170,7 +170,7 @@ def steps(folder: Path, dim: int, rounds: int, dtype: str) -> dict[str, dict[str
     }
     reads: dict[str, Callable[[int], object]] = {
         "whole": lambda k: store.read(*store.shard_range(k)),
-        "file": lambda _: storage.read_array(file),
+        "file": lambda _: np.fromfile(file, np.uint8),
         "crc32c": lambda _: list(of.decode(data, 0, SHARD_SIZE, True)),
     }
     found = {}

@@ -12,6 +12,7 @@ Source: Zarr v3 core specification, sharding_indexed and crc32c codecs.
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import google_crc32c
 import numpy as np
@@ -20,6 +21,14 @@ from jaxtyping import UInt8
 _CRC_BYTES = 4
 _INDEX_BYTES = 16
 _ABSENT = np.iinfo(np.uint64).max
+
+
+@runtime_checkable
+class Bytes(Protocol):
+    """An array of bytes, or what reads a slice when it is asked for one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, where: slice, /) -> UInt8[np.ndarray, " b"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +81,11 @@ class ShardLayout:
         stride = self._chunk_bytes + _CRC_BYTES
         return first // self._rows * stride, -(-last // self._rows) * stride
 
-    def decode(self, data: UInt8[np.ndarray, " b"], first: int, last: int, is_file: bool) -> Iterator[np.ndarray]:
-        """Yield rows [first, last) a chunk at a time, as views of `data`.
+    def decode(self, data: Bytes, first: int, last: int, is_file: bool) -> Iterator[np.ndarray]:
+        """Yield rows [first, last) a chunk at a time, each once its crc32c is checked.
 
         Args:
-            data: the bytes of `span`, or the whole file.
+            data: the bytes of `span`, or of the whole file.
             first: first row, counted in the shard.
             last: the row after the last.
             is_file: whether `data` is the whole file, whose index is checked too; `first` is then 0.
@@ -92,11 +101,12 @@ class ShardLayout:
             self._check_index(data, end)
         for number in range(begin, end):
             start = number * self._rows
-            chunk = _checked(data[(number - begin) * stride :][:stride], stride, f"chunk {number}")
+            place = (number - begin) * stride
+            chunk = _checked(data[place : place + stride], stride, f"chunk {number}")
             rows = chunk.view(self.dtype).reshape(self._rows, *self.shape)
             yield rows[max(first - start, 0) : last - start]
 
-    def _check_index(self, data: np.ndarray, needed: int) -> None:
+    def _check_index(self, data: Bytes, needed: int) -> None:
         assert self.chunk_rows is not None
         count = self.shard_rows // self.chunk_rows
         size = count * _INDEX_BYTES + _CRC_BYTES

@@ -11,6 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -220,25 +221,63 @@ def read_bytes(path: str) -> bytes:
         return bytes(filesystem.cat_file(inner))
 
 
-def read_array(path: str, start: int = 0, stop: int | None = None) -> UInt8[np.ndarray, " b"]:
-    """Read bytes [start, stop) of a file, by default all; fewer where it ends before.
+class LocalBytes:
+    """Bytes [start, stop) of an open file, fewer where it ends before; a slice is read when it is asked for.
+
+    What is read a piece at a time, checked and converted stays in the processor's cache.
+    """
+
+    def __init__(self, path: str, file: FileIO, start: int, stop: int | None) -> None:
+        self._path, self._file, self._start = path, file, start
+        size = os.fstat(file.fileno()).st_size
+        self._size = max((size if stop is None else min(stop, size)) - start, 0)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, where: slice) -> UInt8[np.ndarray, " b"]:
+        """Read a slice of step 1; shorter where the file has been cut off meanwhile."""
+        first, last, _ = where.indices(self._size)
+        data = np.empty(max(last - first, 0), np.uint8)
+        with named_errors(self._path):
+            self._file.seek(self._start + first)
+            count, more = 0, 1
+            while count < len(data) and more:
+                more = self._file.readinto(data[count:].data) or 0
+                count += more
+        return data[:count]
+
+
+@contextlib.contextmanager
+def open_bytes(path: str, start: int = 0, stop: int | None = None) -> Iterator["LocalBytes | UInt8[np.ndarray, ' b']"]:
+    """Give bytes [start, stop) of a file, by default all, to be sliced; an object store sends them at once.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is none.
         StoreAccessError: it cannot be read.
     """
-    with named_errors(path, but=ABSENT):
-        target = local_path(path)
-        if target is not None:
-            return np.fromfile(target, np.uint8, -1 if stop is None else stop - start, offset=start)
-        filesystem, inner = remote(path)
-        return np.frombuffer(filesystem.cat_file(inner, start=start, end=stop), np.uint8)
+    target = local_path(path)
+    if target is None:
+        with named_errors(path, but=ABSENT):
+            filesystem, inner = remote(path)
+            data = np.frombuffer(filesystem.cat_file(inner, start=start, end=stop), np.uint8)
+        yield data
+        return
+    with contextlib.ExitStack() as stack:
+        with named_errors(path, but=ABSENT):
+            source = LocalBytes(path, stack.enter_context(FileIO(target)), start, stop)
+        yield source
 
 
-def read_arrays(paths: Sequence[str]) -> list[UInt8[np.ndarray, " b"]]:
-    """Read whole files, concurrently where the file system allows it; the errors are those of `read_array`."""
+def fetch(paths: Sequence[str]) -> list[UInt8[np.ndarray, " b"] | None]:
+    """Read whole files at once where their file system does so quicker; None for each of local ones, where it does not.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: one is missing.
+        StoreAccessError: one cannot be read.
+    """
     if not paths or local_path(paths[0]) is not None:
-        return [read_array(path) for path in paths]
+        return [None] * len(paths)
     with named_errors(paths[0], but=ABSENT):
         filesystem = remote(paths[0])[0]
         inner = [remote(path)[1] for path in paths]

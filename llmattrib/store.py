@@ -19,6 +19,7 @@ listing of commits/. Shards are made and read by `shards.py`, all else by zarr (
 Source: Zarr v3 core specification, sharding_indexed and crc32c codecs.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -248,13 +249,6 @@ class RowStore:
     def _file(self, name: str, shard: int) -> str:
         return shard_file(f"{self.path}/{name}", shard, 1 + len(self._layouts[name].shape))
 
-    def _files(self, name: str, shards: Sequence[int]) -> Sequence[np.ndarray | None]:
-        """Read the files of shards at once; None for each where one is missing, which `_parts` then names."""
-        try:
-            return storage.read_arrays([self._file(name, shard) for shard in shards])
-        except storage.ABSENT:
-            return [None] * len(shards)
-
     def _parts(
         self, name: str, shard: int, start: int, stop: int, data: np.ndarray | None = None
     ) -> Iterator[np.ndarray]:
@@ -264,14 +258,14 @@ class RowStore:
         """
         layout, (begin, end) = self._layouts[name], self.shard_range(shard)
         is_file = data is not None or (start == begin and stop == end)
+        span = (0, None) if is_file else layout.span(start - begin, stop - begin)
+        source = storage.open_bytes(self._file(name, shard), *span) if data is None else contextlib.nullcontext(data)
         try:
-            if data is None:
-                span = (0, None) if is_file else layout.span(start - begin, stop - begin)
-                data = storage.read_array(self._file(name, shard), *span)
-            for part in layout.decode(data, start - begin, stop - begin, is_file):
-                if layout.is_fill(part):
-                    raise self._corrupt(shard, f"has no data on disk ({name})")
-                yield part
+            with source as content:
+                for part in layout.decode(content, start - begin, stop - begin, is_file):
+                    if layout.is_fill(part):
+                        raise self._corrupt(shard, f"has no data on disk ({name})")
+                    yield part
         except storage.ABSENT as error:
             raise self._corrupt(shard, f"has no data on disk ({name})") from error
         except ValueError as error:
@@ -335,7 +329,10 @@ class RowStore:
             raise StoreError(f"{self.path} has no column {missing[0]!r}", expected=f"one of {', '.join(known)}")
         stop = self.manifest.num_rows if stop is None else stop
         pieces = list(self._pieces(start, stop))
-        files = self._files("columns", [shard for shard, _, _ in pieces])
+        try:
+            files = storage.fetch([self._file("columns", shard) for shard, _, _ in pieces])
+        except storage.ABSENT:
+            files = [None] * len(pieces)  # one at a time: the missing one is named
         parts = [
             part for piece, file in zip(pieces, files, strict=True) for part in self._parts("columns", *piece, file)
         ]

@@ -3,7 +3,8 @@
 Projected per module as its command does: p x p for A and for B of every layer (`per_module`), or all entries together
 to p dimensions (`global`, what its TRAK pipeline uses). What is in the loop: padding, forward and backward, projection,
 and writing rows to the memory-mapped file. Projection matrices are cached by bergson after the first run, but for
-`global`, whose matrix it makes anew for each batch. Logits are computed at all positions, losses at completions.
+`global`, whose matrix it makes anew for each batch. Batches are those of the case; logits are computed at all
+positions, losses at completions.
 """
 
 import tempfile
@@ -13,7 +14,6 @@ from pathlib import Path
 from bergson.collector.collector import CollectorComputer
 from bergson.collector.gradient_collectors import GradientCollector
 from bergson.config.config import IndexConfig
-from bergson.data import allocate_batches
 from bergson.utils.worker_utils import create_processor, setup_model_and_peft
 from datasets import Dataset
 
@@ -48,14 +48,13 @@ def contender(case: Case, projection_dim: int, target: str = "per_module") -> Ca
     model, target_modules = setup_model_and_peft(config)
     processor = create_processor(model, config, target_modules)
     data = dataset(case.examples)
-    batches = allocate_batches(data["length"][:], config.token_batch_size)
 
     def run() -> None:
         collector = GradientCollector(
             model=model.base_model, cfg=config, processor=processor, target_modules=target_modules, data=data
         )
         collector.teardown = lambda: None
-        computer = CollectorComputer(model, data, collector=collector, batches=batches, cfg=config)
+        computer = CollectorComputer(model, data, collector=collector, batches=case.groups, cfg=config)
         computer.run_with_collector_hooks()
 
     run.dim = lambda: _dim(config)

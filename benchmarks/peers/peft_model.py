@@ -41,6 +41,5 @@ def collate(examples: list[Encoded]) -> Batch:
 
 
 def loader(case: Case) -> DataLoader:
-    """Return batches of equally many examples, sorted by length, of about as many tokens as the case's."""
-    size = case.token_budget * len(case.examples) // case.num_tokens
-    return DataLoader(sorted(case.examples, key=len), batch_size=size, collate_fn=collate)
+    """Return the batches of the case, each a piece of data of its own, as dattri counts batches of one size."""
+    return DataLoader(case.batches, batch_size=1, collate_fn=lambda batches: collate(*batches))
