@@ -140,16 +140,20 @@ def fidelity(found: dict[str, Any]) -> str:
 def store(found: dict[str, Any]) -> str:
     """Render bandwidths, their ratio to the memmap's, and what a shard and a store of many take."""
     lines = [
-        f"Shards of 256 rows of {found['dim']:,}; MB of rows a CPU second, and the time of a numpy memmap over ours",
+        f"Shards of 256 rows of {found['dim']:,}; MB of rows a CPU second, and how many times as long the others take",
         "",
-        "| | | MB/s | memmap that converts: CPU | wall | memmap that copies bytes: CPU | wall |",
-        "|---|---|---|---|---|---|---|",
+        "| | | MB/s | memmap that converts | its wall time | memmap that copies bytes | zarr | without torch |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for dtype, case in found["bandwidth"].items():
-        for name in ("write", "read"):
-            ratios = [case["ratio_to_memmap"][f"{name}_{limit}"] for limit in ("numpy", "bytes")]
-            cells = [f"{ratio[clock]:.2f}" for ratio in ratios for clock in ("cpu", "wall")]
-            lines.append(f"| {dtype} | {name} | {case['mb_per_second']['cpu'][name]:,} | " + " | ".join(cells) + " |")
+        for name, peers in case["times_as_long"].items():
+            columns = [("numpy", "cpu"), ("numpy", "wall"), ("bytes", "cpu"), ("zarr", "cpu"), ("without_torch", "cpu")]
+            cells = [ratio_text(peers[peer][clock]) if peer in peers else "" for peer, clock in columns]
+            label = "read ahead" if name == "blocks" else name
+            lines.append(f"| {dtype} | {label} | {case['mb_per_second']['cpu'][name]:,} | " + " | ".join(cells) + " |")
+    if cold := found["cold_wall_seconds"]:
+        took = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in cold.items())
+        lines += ["", f"From a cold cache, float32, with 10 ms of work after each shard: {took}."]
     for name, steps in (("write", WRITE_STEPS), ("read", READ_STEPS)):
         lines += [
             "",

@@ -1,13 +1,23 @@
 """The row store against a bare numpy memmap, what a shard costs, and what it takes to open a store of many.
 
-    python -m benchmarks.store [--dim 4096] [--rows 8192] [--rounds 9] [--parts bandwidth shard shards zstd]
+    python -m benchmarks.store [--dim 4096] [--rows 8192] [--rounds 9] [--parts bandwidth ahead shard shards zstd]
 
-One thread; shards of 256 rows, in turn with the memmap, medians. Both are given the same float32 rows, store as many
-bytes of the same dtype, force every shard to disk, and give back float32. The memmap has no checksums and no commit
-records; `numpy` converts as `astype` does, and of int8 finds and keeps a scale a row, as a cast would give back other
-numbers; `bytes` copies bytes that are converted already and gives them back as they are, which no store of float32 rows
-can do. torch is loaded, as in every process that builds or reduces. Bandwidths are MB of stored rows a second; ratios
-are taken within a round, by wall and by CPU time, and over 1 where the store is quicker.
+One thread; shards of 256 rows, all in turn; medians and ranges of ratios that are taken within a round, by wall and by
+CPU time, above 1 where the store is quicker. All force every shard to disk. Rows of the table, and what the store is
+compared with:
+
+    write, read      float32 rows to stored rows and back, a shard at a time
+    blocks           the same reads one shard ahead, by a second thread, as all stages read
+    numpy            a bare memmap of as many bytes of the same dtype, without checksums and commit records: it converts
+                     as `astype` does, and of int8 finds and keeps a scale a row, as a cast would give other numbers
+    bytes            a memmap that copies bytes that are converted already and gives them back as they are, which no
+                     store of float32 rows can do
+    zarr             the same array written and read by zarr, of rows that are converted already; neither scales nor
+                     records, and nothing is forced to disk
+    without torch    the store where torch is not loaded; it is, in every process that builds or reduces
+
+Bandwidths are MB of stored rows a second. `ahead`: wall seconds of a pass over float32 shards that are not in the page
+cache, with 10 ms of other work after each, where this process may empty the cache (the whole machine's).
 
 `shard`: CPU milliseconds of the steps of writing and reading one shard. `shards`: the commit records of 10^5 shards are
 made without their data, and the store is opened and its digest taken, with a warm cache and, where this process may
@@ -21,9 +31,10 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +44,7 @@ from numcodecs import Zstd
 
 from llmattrib import storage
 from llmattrib.commits import checksum, record_path
+from llmattrib.groups import make_array, open_array, open_group
 from llmattrib.manifest import Manifest
 from llmattrib.quantize import quantize
 from llmattrib.rng import stream
@@ -96,10 +108,42 @@ def scales_of(path: Path, num_rows: int, mode: Any) -> np.memmap[Any, Any]:
     return np.memmap(path.with_suffix(".scales"), np.float32, mode, shape=(num_rows, 1, 1))
 
 
+def write_zarr(path: Path, num_rows: int, stored: np.ndarray) -> None:
+    """The same array by zarr, of rows that are converted."""
+    of = manifest(num_rows, stored.shape[-1], stored.dtype.name)
+    shape, chunk = stored.shape[1:], of.chunk_rows
+    array = make_array(str(path), "rows", (num_rows, *shape), (chunk, *shape), of.dtype, (SHARD_SIZE, *shape), 0)
+    for start in range(0, num_rows, SHARD_SIZE):
+        array[start : start + SHARD_SIZE] = stored
+
+
+def read_zarr(path: Path, num_rows: int) -> None:
+    """Read it back, a shard at a time."""
+    array = open_array(open_group(str(path), "r"), str(path), "rows")
+    for start in range(0, num_rows, SHARD_SIZE):
+        np.asarray(array[start : start + SHARD_SIZE])
+
+
 def read_store(path: Path) -> None:
     """Read all rows, a shard at a time."""
+    store = RowStore.open(str(path))
+    for shard in range(store.num_shards):
+        store.read(*store.shard_range(shard))
+
+
+def read_ahead(path: Path) -> None:
+    """Read all rows, the next shard while the caller has one."""
     for _ in RowStore.open(str(path)).blocks():
         pass
+
+
+def without_torch(call: Callable[[], object]) -> None:
+    """Call in a process that seems not to have loaded torch."""
+    kept = sys.modules.pop("torch")
+    try:
+        call()
+    finally:
+        sys.modules["torch"] = kept
 
 
 def read_memmap(path: Path, num_rows: int, dim: int, dtype: str, wanted: str) -> None:
@@ -113,42 +157,86 @@ def read_memmap(path: Path, num_rows: int, dim: int, dtype: str, wanted: str) ->
             rows *= scales[place]
 
 
+PEERS = {
+    "write": ("numpy", "bytes", "zarr", "without_torch"),
+    "read": ("numpy", "bytes", "zarr", "without_torch"),
+    "blocks": ("numpy", "bytes"),
+}
+"""What each row is compared with."""
+
+
 def bandwidth(folder: Path, num_rows: int, dim: int, rounds: int, dtype: str) -> dict[str, Any]:
-    """Return MB of stored rows a second of wall and of CPU time, and ratios to the memmap's."""
+    """Return MB of stored rows a second of wall and of CPU time, and how many times as long the others take."""
     rows = shard_of(dim)
     ready = rows.astype(dtype)
-    ours, bare = folder / "rows.zarr", folder / "rows.bin"
+    ours, bare, bytes_, zarrs, plain = (folder / f"{name}.x" for name in ("ours", "bare", "bytes", "zarr", "plain"))
     calls: dict[str, Callable[[], object]] = {
         "write": lambda: write_store(ours, num_rows, rows, dtype),
         "write_numpy": lambda: write_memmap(bare, num_rows, rows, dtype),
-        "write_bytes": lambda: write_memmap(bare, num_rows, ready, dtype),
+        "write_bytes": lambda: write_memmap(bytes_, num_rows, ready, dtype),
+        "write_zarr": lambda: write_zarr(zarrs, num_rows, ready),
+        "write_without_torch": lambda: without_torch(lambda: write_store(plain, num_rows, rows, dtype)),
         "read": lambda: read_store(ours),
+        "blocks": lambda: read_ahead(ours),
         "read_numpy": lambda: read_memmap(bare, num_rows, dim, dtype, "float32"),
-        "read_bytes": lambda: read_memmap(bare, num_rows, dim, dtype, dtype),
+        "read_bytes": lambda: read_memmap(bytes_, num_rows, dim, dtype, dtype),
+        "read_zarr": lambda: read_zarr(zarrs, num_rows),
+        "read_without_torch": lambda: without_torch(lambda: read_store(plain)),
         "verify": lambda: RowStore.open(str(ours)).verify(),
     }
     times: dict[str, list[Times]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            if name.startswith("write"):
-                shutil.rmtree(ours, ignore_errors=True) if name == "write" else bare.unlink(missing_ok=True)
-            times[name].append(seconds(call))
+    for number in range(rounds):
+        for path in (ours, zarrs, plain):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (bare, bytes_):
+            path.unlink(missing_ok=True)
+        writes = [name for name in calls if name.startswith("write")]
+        reads = [name for name in calls if name not in writes]
+        for group in (writes, reads):
+            for name in group if number % 2 == 0 else reversed(group):
+                times[name].append(seconds(calls[name]))
     megabytes = num_rows * dim * np.dtype(dtype).itemsize / 1e6
     speed = {
         clock: {name: round(megabytes / statistics.median(pair[k] for pair in pairs)) for name, pairs in times.items()}
         for k, clock in enumerate(CLOCKS)
     }
-    ratio = {
-        f"{name}_{limit}": {clock: ratio_of(times[f"{name}_{limit}"], times[name], k) for k, clock in enumerate(CLOCKS)}
-        for name in ("write", "read")
-        for limit in ("numpy", "bytes")
+    ratios = {
+        name: {
+            peer: {
+                clock: ratio_of(times[f"{'write' if name == 'write' else 'read'}_{peer}"], times[name], k)
+                for k, clock in enumerate(CLOCKS)
+            }
+            for peer in peers
+        }
+        for name, peers in PEERS.items()
     }
-    return {"mb_per_second": speed, "ratio_to_memmap": ratio}
+    return {"mb_per_second": speed, "times_as_long": ratios}
 
 
-def ratio_of(bare: list[Times], ours: list[Times], clock: int) -> float:
-    """Return the median over rounds of the memmap's time over ours."""
-    return round(statistics.median(old[clock] / new[clock] for old, new in zip(bare, ours, strict=True)), 2)
+def ratio_of(theirs: list[Times], ours: list[Times], clock: int) -> dict[str, Any]:
+    """Return median and range over rounds of their time over ours."""
+    ratios = [other[clock] / own[clock] for other, own in zip(theirs, ours, strict=True)]
+    return {"ratio": round(statistics.median(ratios), 2), "range": [round(f(ratios), 2) for f in (min, max)]}
+
+
+def ahead(folder: Path, num_rows: int, dim: int, rounds: int) -> dict[str, Any]:
+    """Return wall seconds of a pass over what is not in memory, by itself and with work after each shard."""
+    write_store(folder / "cold", num_rows, shard_of(dim), "float32")
+    store = RowStore.open(str(folder / "cold"))
+    passes: dict[str, Callable[[], Iterator[object]]] = {
+        "one at a time": lambda: (store.read(*store.shard_range(shard)) for shard in range(store.num_shards)),
+        "one ahead": store.blocks,
+    }
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    for _ in range(rounds):
+        for name, shards in passes.items():
+            if not drop_caches():
+                return {}
+            start = time.perf_counter()
+            for _ in shards():
+                time.sleep(0.01)
+            times[name].append(time.perf_counter() - start)
+    return {name: round(statistics.median(found), 2) for name, found in times.items()}
 
 
 def steps(folder: Path, dim: int, rounds: int, dtype: str) -> dict[str, dict[str, float]]:
@@ -267,6 +355,7 @@ PARTS: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
         "rows": asked.rows,
         "bandwidth": each(lambda one, dtype: bandwidth(one, asked.rows, asked.dim, asked.rounds, dtype), folder),
     },
+    "ahead": lambda folder, asked: {"cold_wall_seconds": ahead(folder, asked.rows, asked.dim, 3)},
     "shard": lambda folder, asked: {
         "shard_cpu_milliseconds": each(lambda one, dtype: steps(one, asked.dim, 20, dtype), folder)
     },

@@ -74,8 +74,8 @@ def _torch(*arrays: np.ndarray) -> Any:
 
 
 def _copy(values: np.ndarray, out: np.ndarray) -> None:
-    """Copy with a change of dtype."""
-    torch = _torch(values, out)
+    """Copy, with a change of dtype by torch."""
+    torch = _torch(values, out) if values.dtype != out.dtype else None
     if torch is None:
         out[...] = values
     else:

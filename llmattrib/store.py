@@ -10,7 +10,7 @@
 A shard is a fixed run of rows with one writer, so rows need no lock. Its record is created, in one step, after its
 data is on disk: what has no record is not there, and is written again. Neither time, host nor rank is stored, so the
 bytes depend on the rows alone. Stored values of int8 and float16 are `row / scale` (`quantize.py`); a row read and
-written again is the same. Nothing is compressed: zstd saves 8 % or less of a sketch.
+written again is the same. Nothing is compressed: zstd saves a tenth or less of a sketch.
 
 Rows are added at the end alone (`extend`): full shards stay as they are, a last one that was not full is written again.
 

@@ -9,6 +9,8 @@ import pytest
 import zarr
 from zarr.codecs import Crc32cCodec
 
+from llmattrib import storage
+from llmattrib.errors import StoreAccessError
 from llmattrib.rng import stream
 from llmattrib.shards import ShardLayout
 
@@ -80,3 +82,21 @@ def test_chunks_that_are_left_out_are_missed():
     data = np.concatenate(of.encode(np.ones((2, 1, 3), np.float16)))
     with pytest.raises(ValueError, match="do not fit the index"):
         list(of.decode(data, 0, 4, True))
+
+
+def test_a_file_is_read_piece_by_piece_as_the_array_of_its_bytes_is(tmp_path):
+    path, data = tmp_path / "file", stream(0, "bytes").integers(0, 256, 100).astype(np.uint8)
+    data.tofile(path)
+    for start, stop in ((0, None), (10, 60), (10, 1000), (100, None), (200, 300)):
+        expected = data[start:stop]
+        with storage.open_bytes(str(path), start, stop) as found:
+            assert len(found) == len(expected)
+            for first, last in ((0, 5), (5, 5), (3, 1000), (50, 2), (-8, None), (None, None)):
+                np.testing.assert_array_equal(found[first:last], expected[first:last])
+    with storage.open_bytes(str(path)) as found:
+        path.write_bytes(data[:40].tobytes())  # cut off while it is open
+        np.testing.assert_array_equal(found[30:50], data[30:40])
+    with pytest.raises(FileNotFoundError), storage.open_bytes(str(tmp_path / "none")):
+        pass
+    with pytest.raises(StoreAccessError, match="could not be read"), storage.open_bytes(str(tmp_path)):
+        pass
