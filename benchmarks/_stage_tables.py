@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from llmattrib.index_record import resolve_kind
+from llmattrib.sections import IndexConfig
+
 CASES = {
     "llama_1m": "Llama of 1M parameters",
     "smollm2": "SmolLM2-135M, LoRA in its last four layers",
@@ -18,6 +21,8 @@ STEPS = {
 }
 GIVEN = ("reduce", "index", "search")
 """What is left once all features are there."""
+FEWEST_SEARCHED = 100_000
+"""Searches of fewer examples add next to nothing to a query."""
 STAGES = {
     "build": "`build`",
     "reduce_influence": "`reduce`, `influence`",
@@ -92,18 +97,48 @@ def search(found: dict[str, Any]) -> str:
             f"| {row['rows']:,} | `{row['kind']}` | {one['search_ms']:.1f} | {one['search_cpu_ms']:.1f} | {two} "
             f"| {' | '.join(recall)} | {row['build_cpu_seconds']:,.0f} | {row['load_before']:.1f} |"
         )
-    warm, cold = found["warm"], found["cold"]
-    lines += ["", f"| a query of SmolLM2-135M, {warm['tokens']} tokens | CPU seconds |", "|---|---|"]
-    lines.append(f"| forward and backward of its tokens | {warm['plain_cpu_seconds']:.2f} |")
-    low, high = warm["added_range"]
-    lines.append(
-        f"| **warm**: adds {warm['added']:.1%} ({low:.1%} to {high:.1%}, {warm['rounds']} rounds) "
-        f"| {warm['query_cpu_seconds']:.2f} |"
-    )
-    lines.append(f"| **cold**: the command | {cold['query_cpu_seconds']:.1f} |")
-    lines += [f"| - {part} | {seconds:.2f} |" for part, seconds in cold["profile_cpu_seconds"].items()]
-    lines.append(f"| `llmattrib --help` | {cold['help_cpu_seconds']:.2f} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_warm(found), "", *_cold(found)]) + "\n"
+
+
+def _warm(found: dict[str, Any]) -> list[str]:
+    """Render what a warm query adds to forward and backward, and what searching more examples than its run has adds."""
+    warm, dim = found["warm"], found["search"]["dim"]
+    plain, (low, high) = warm["plain_cpu_seconds"], warm["added_range"]
+    lines = [
+        f"| a query of SmolLM2-135M, {warm['tokens']} tokens | CPU ms | adds |",
+        "|---|---|---|",
+        f"| forward and backward of its tokens | {1e3 * plain:.0f} | |",
+        f"| **warm**, of a run with {warm['examples']:,} examples (median of {warm['rounds']} rounds, their range) "
+        f"| {1e3 * warm['query_cpu_seconds']:.0f} | {warm['added']:.1%} ({low:.1%} to {high:.1%}) |",
+    ]
+    for row in found["search"]["rows"]:
+        kind = resolve_kind(IndexConfig(), row["rows"], dim)
+        if row["rows"] >= FEWEST_SEARCHED and row["kind"] in ("flat", kind):
+            one = row["threads_1"]
+            milliseconds = one.get("both_sides_cpu_ms", 2 * one["search_cpu_ms"])
+            how = "both sides" if "both_sides_cpu_ms" in one else "two searches"
+            default = ", the default" if row["kind"] == kind else ""
+            lines.append(
+                f"| and of {row['rows']:,} examples, `{row['kind']}`{default}: {how} "
+                f"| {milliseconds:.1f} | {milliseconds / 1e3 / plain:.1%} more |"
+            )
+    return lines
+
+
+def _cold(found: dict[str, Any]) -> list[str]:
+    """Render where a query in a new process goes."""
+    cold = found["cold"]
+    parts = cold["profile_cpu_seconds"]
+    total = sum(parts.values())
+    imports = sum(seconds for part, seconds in parts.items() if part.startswith("import"))
+    return [
+        "| a query in a new process | CPU seconds |",
+        "|---|---|",
+        f"| **cold**: the command | {cold['query_cpu_seconds']:.1f} |",
+        *(f"| - {part} | {seconds:.2f} |" for part, seconds in parts.items()),
+        f"| these parts together, {imports / total:.0%} of them imports | {total:.1f} |",
+        f"| `llmattrib --help` | {cold['help_cpu_seconds']:.2f} |",
+    ]
 
 
 def memory(found: dict[str, Any]) -> str:
