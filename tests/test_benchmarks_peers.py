@@ -1,6 +1,6 @@
-"""docs/benchmarks.md is rendered from what the benchmarks beside other packages wrote, and they reach what it says."""
+"""docs/benchmarks.md is rendered from what the benchmarks wrote, and they reach what it says."""
 
-from benchmarks import features, fidelity, render
+from benchmarks import features, fidelity, query, render
 
 
 def test_the_tables_are_rendered_from_the_results() -> None:
@@ -39,3 +39,21 @@ def test_one_projection_by_bergson_is_as_near_at_equal_dimensions_and_once_neare
             error = cells["bergson_joint"]["frobenius_error"]
             assert cells["int8"]["frobenius_error"] < error
             assert (cells["float16"]["frobenius_error"] < error) == ((point, size) != ("trained", 1))
+
+
+def test_a_search_adds_less_than_a_tenth_of_forward_and_backward_but_for_a_flat_one_of_a_million_and_ivfpq() -> None:
+    found = render.result("query")
+    page = query.PAGE.read_text(encoding="utf-8")
+    assert page.partition(query.BEGIN)[2].partition(query.END)[0] == query.table(found)
+    rendered, added = render.SECTIONS["query"](found), {}
+    for row in found["search"]["rows"]:
+        one = row["threads_1"]
+        milliseconds = one.get("both_sides_cpu_ms", 2 * one["search_cpu_ms"])
+        added[row["rows"], row["kind"]] = share = milliseconds / 1e3 / found["warm"]["plain_cpu_seconds"]
+        is_shown = row["rows"] >= 100_000 and row["kind"] in ("flat", "scan")
+        assert (f"and of {row['rows']:,} examples, `{row['kind']}`" in rendered) == is_shown
+        assert not is_shown or f"| {milliseconds:.1f} | {share:.1%} more |" in rendered
+    assert f"`scan`, the default: {'both sides' if 'both_sides_cpu_ms' in one else 'two searches'} |" in rendered
+    assert max(added[100_000, "flat"], added[100_000, "scan"], added[1_000_000, "scan"]) < 0.1
+    assert added[1_000_000, "flat"] > 0.3
+    assert min(share for (_, kind), share in added.items() if kind == "ivfpq") > 0.7
