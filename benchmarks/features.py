@@ -11,6 +11,8 @@ ratios are taken within a round; medians and ranges. Rows:
     ours_trained     the same at the adapter
     passes_trained   of it forward and backward alone, A x and s B^T d among them; products_trained: with the gradients
                      of all examples too, which are thrown away. What is left is the sketch and the norms
+    untuned_trained  ours_trained with products in the order of their formulas: s B A x, then the sum with the output;
+                     gradients of an example with their long side first
     batch_of_one     autograd for one example at a time; gradients only, not projected
     less             the same, projected to 4,096 dimensions 16 at a time by traker's projector for a CPU, as LESS does
     bergson_p16      benchmarks/peers/bergson_build.py, 16 x 16 entries for A and for B of each layer: its default
@@ -45,11 +47,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 from benchmarks.lora_case import Case, make_case
 from llmattrib.encoding import Encoded, collate
+from llmattrib.features import capture, extract
 from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Sketch
 from llmattrib.forward import completion_logits
@@ -60,11 +65,13 @@ RESULT = Path(__file__).parent / "results" / "features.json"
 DIM = 4096
 OURS = ("ours_init", "ours_trained")
 PARTS = ("passes_init", "products_init", "passes_trained", "products_trained")
+UNTUNED = "untuned_trained"
 PEERS = ("batch_of_one", "bergson_p16", "bergson_p8", "dattri_p8", "kronfluence")
+DENSE = ("bergson_p0", "bergson_joint", "less", "traker")
 CASES: dict[str, tuple[str, int, int, tuple[str, ...]]] = {
-    "tiny_r8": ("tiny", 8, 96, ("plain", *OURS, *PARTS, *PEERS, "bergson_p0", "bergson_joint", "less", "traker")),
+    "tiny_r8": ("tiny", 8, 96, ("plain", *OURS, *PARTS, UNTUNED, *PEERS, *DENSE)),
     "tiny_r16": ("tiny", 16, 96, ("plain", *OURS, "bergson_p16")),
-    "smollm2_r8": ("smollm2", 8, 20, ("plain", *OURS, *PARTS, *PEERS, "bergson_p3")),
+    "smollm2_r8": ("smollm2", 8, 20, ("plain", *OURS, *PARTS, UNTUNED, *PEERS, "bergson_p3")),
     "smollm2_r16": ("smollm2", 16, 20, ("plain", *OURS, "bergson_p16")),
     "smollm2_r8_joint": ("smollm2", 8, 32, (*OURS, "bergson_joint")),
 }
@@ -88,6 +95,30 @@ def ours(case: Case, linearisation: str, part: str = "ours") -> Callable[[], Non
             work(group)
 
     return run
+
+
+def untuned(case: Case) -> Callable[[], None]:
+    """Return llmattrib's loop at the adapter without the order of products that is quick on a CPU."""
+
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, up: Tensor, receive: object) -> Tensor:
+        hidden = x @ a.T
+        ctx.save_for_backward(x, hidden, a, up)
+        ctx.receive = receive
+        return y.detach() + hidden @ up
+
+    def gradients(left: Tensor, right: Tensor) -> Tensor:
+        return torch.bmm(left.transpose(1, 2), right).flatten(1)
+
+    run = ours(case, "trained")
+
+    def patched() -> None:
+        with (
+            mock.patch.object(capture._Added, "forward", staticmethod(forward)),
+            mock.patch.object(extract, "gradients", gradients),
+        ):
+            run()
+
+    return patched
 
 
 def trainable(case: Case) -> LoadedModel:
@@ -148,6 +179,8 @@ def contender(name: str, case: Case) -> Callable[[], None]:
     package, _, variant = name.partition("_")
     if package in ("ours", "passes", "products"):
         return ours(case, variant, package)
+    if package == "untuned":
+        return untuned(case)
     if package == "bergson":
         from benchmarks.peers import bergson_build
 

@@ -21,6 +21,7 @@ LABELS = {
     "plain": "plain forward + backward (the limit)",
     "ours_init": "**llmattrib**, `init`",
     "ours_trained": "**llmattrib**, `trained`",
+    "untuned_trained": "**llmattrib**, `trained`, products in the order of their formulas",
     "batch_of_one": "autograd, one example at a time, not projected",
     "less": "the same, projected to 4,096 dimensions as LESS does",
     "bergson_p16": "bergson, 16 x 16 a module (its default)",

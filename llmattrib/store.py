@@ -189,7 +189,7 @@ class RowStore:
     @property
     def is_complete(self) -> bool:
         """Whether every shard is committed."""
-        return len(self._committed) == self.num_shards or not self.pending()
+        return self._committed.keys() >= {*range(self.num_shards)} or not self.pending()
 
     def require_complete(self, made_by: str = "llmattrib build") -> None:
         """Raise unless every shard is committed.

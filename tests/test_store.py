@@ -316,6 +316,15 @@ def test_uncommitted_rows_are_not_there(path):
     assert store.read(0, 22).shape == (22, 2, 5)
 
 
+def test_a_record_beyond_the_last_shard_does_not_stand_for_a_missing_one(path):
+    fill(RowStore.create(path, manifest()), [0, 1, 2])
+    Path(record_path(path, 7, "0" * 32)).touch()
+    store = RowStore.open(path)
+    assert not store.is_complete
+    with pytest.raises(IncompleteStoreError, match=r"lacks 1 of 4 shards \(first: 3\)"):
+        store.require_complete()
+
+
 def test_data_without_a_record_is_written_again(tmp_path):
     broken = fill(RowStore.create(str(tmp_path / "broken"), manifest()))
     for shard, damage in [(1, b""), (3, b"half of a shard")]:
