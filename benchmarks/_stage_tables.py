@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from benchmarks import __main__ as every
 from llmattrib.index_record import resolve_kind
 from llmattrib.sections import IndexConfig
 
@@ -24,6 +25,7 @@ GIVEN = ("reduce", "index", "search")
 FEWEST_SEARCHED = 100_000
 """Searches of fewer examples add next to nothing to a query."""
 STAGES = {
+    "train": "`train`",
     "build": "`build`",
     "reduce_influence": "`reduce`, `influence`",
     "reduce_streamed": "`reduce`, `shapley`, `streamed`",
@@ -32,6 +34,7 @@ STAGES = {
     "index_scan": "`index`, `scan`",
     "query_flat": "`query`, `flat`",
     "query_scan": "`query`, `scan`",
+    "values": "`values` of `shapley`",
 }
 
 
@@ -40,8 +43,8 @@ def kernel(found: dict[str, Any]) -> str:
     lines = ["| | examples | CPU seconds | relative error |", "|---|---|---|---|"]
     mean = found["mean_field_n5000_p512"]
     lines.append(
-        f"| **mean field, total_gradient**: all representers | {mean['num_players']:,} | {mean['cpu_seconds']:.0f} "
-        f"| {mean['bias_at_most_95']:.1%} or less (95 %) |"
+        f"| **mean field, total_gradient**: all representers, on two threads | {mean['num_players']:,} "
+        f"| {mean['cpu_seconds']:.0f} | {mean['bias_at_most_95']:.1%} or less (95 %) |"
     )
     game = found["error_against_cost_n1000"]
     for row in game["rows"]:
@@ -149,17 +152,23 @@ def memory(found: dict[str, Any]) -> str:
         "| bytes an example more |",
         "|---" * (len(sizes) + 3) + "|",
     ]
+    missing = [label for name, label in STAGES.items() if name not in found["stages"]]
     for name, label in STAGES.items():
+        if label in missing:
+            continue
         row = found["stages"][name]
         peaks = " | ".join(f"{row[size]['peak_bytes'] / 1e6:,.0f}" if size in row else "-" for size in sizes)
-        *_, last_but_one, last = row  # below, batches of every length have not been seen yet
+        last_but_one, last = list(row)[-2:]  # below, batches of every length have not been seen yet
         grown = (row[last]["peak_bytes"] - row[last_but_one]["peak_bytes"]) / (int(last) - int(last_but_one))
         lines.append(f"| {label} | {peaks} | {row[last]['imported_bytes'] / 1e6:,.0f} | {max(grown, 0):,.0f} |")
+    lines += ["", f"Not measured yet: {'; '.join(missing)}."] if missing else []
     return "\n".join(lines) + "\n"
 
 
 def durations(found: dict[str, Any]) -> str:
-    """Render what each benchmark took."""
+    """Render what each benchmark took, and which have not been timed."""
     lines = ["| `ROWS=` | CPU minutes | wall minutes |", "|---|---|---|"]
     lines += [f"| `{name}` | {took['cpu_minutes']:.1f} | {took['wall_minutes']:.1f} |" for name, took in found.items()]
+    missing = [f"`{name}`" for name in every.names() if name not in found]
+    lines += ["", f"Not timed yet: {', '.join(missing)}."] if missing else []
     return "\n".join(lines) + "\n"

@@ -4,11 +4,12 @@
 
 A run for each number of examples: text messages (repeated, with a number before each, beyond 5,574) on the Llama of
 1M parameters, features of 512 dimensions of the margin of two label words, representers with the settings a run has
-by default. Each stage is a process of its own, one thread: its peak resident memory (VmHWM of a new program, which does
-not begin at its parent's as ru_maxrss does), and what of it importing alone took. `reduce_streamed` and `reduce_memory`
-are `shapley` by its `streamed` form, and by the one that `auto` takes up to 20,000 examples, each with the certificate.
-`index_*` are of `influence`; an index is built in memory, and mapped from its file when it is searched. `query_*` is a
-prompt answered from the start: model, texts, index.
+by default. `train` is one epoch, `values` those of `shapley` over 500 messages. Each stage is a process of its own, one
+thread: its peak resident memory (VmHWM of a new program, which does not begin at its parent's as ru_maxrss does), and
+what of it importing alone took. `reduce_streamed` and `reduce_memory` are `shapley` by its `streamed` form, and by the
+one that `auto` takes up to 20,000 examples, each with the certificate. `index_*` are of `influence`; an index is built
+in memory, and mapped from its file when it is searched. `query_*` is a prompt answered from the start: model, texts,
+index.
 
 Writes benchmarks/results/memory.json, a process at a time; `benchmarks.render` makes the table.
 """
@@ -28,11 +29,13 @@ from llmattrib.config import RunConfig, validate_config
 from llmattrib.index import build_index
 from llmattrib.query import Run
 from llmattrib.reduce import reduce_run
+from llmattrib.train import train_adapter
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "memory.json"
 ASSET = ROOT / "llmattrib" / "assets" / "sms_spam.jsonl"
 DIM, WORDS = 512, {"ham": "A", "spam": "B"}
+NUM_VALIDATION = 500
 
 
 def run_of(folder: Path, method: str = "influence", form: str = "auto", kind: str = "flat") -> RunConfig:
@@ -45,18 +48,23 @@ def run_of(folder: Path, method: str = "influence", form: str = "auto", kind: st
         "reduce": {"methods": [method], "form": form},
         "index": {"kind": kind},
         "query": {"method": method},
+        "train": {"epochs": 1},
+        "values": {"data": str(folder / "validation.jsonl")},
     }
     return validate_config(tree)
 
 
 def write_messages(folder: Path, num_rows: int) -> None:
-    """Write the training set."""
+    """Write the training set, and the validation set."""
     rows = [json.loads(line) for line in ASSET.read_text(encoding="utf-8").splitlines()]
     with (folder / "messages.jsonl").open("w", encoding="utf-8") as file:
         for number in range(num_rows):
             again, row = divmod(number, len(rows))
             text = f"{again} {rows[row]['text']}" if again else rows[row]["text"]
             file.write(json.dumps({"prompt": text, "completion": WORDS[rows[row]["label"]]}) + "\n")
+    with (folder / "validation.jsonl").open("w", encoding="utf-8") as file:
+        for row in rows[-NUM_VALIDATION:]:
+            file.write(json.dumps({"prompt": row["text"], "completion": WORDS[row["label"]]}) + "\n")
 
 
 def index(folder: Path, kind: str) -> None:
@@ -65,12 +73,25 @@ def index(folder: Path, kind: str) -> None:
     build_index(run_of(folder, kind=kind), "influence")
 
 
+def values(folder: Path) -> None:
+    """Value the training set, and certify the signs."""
+    from llmattrib.values.stage import compute_values  # scikit-learn, which no other stage imports
+
+    compute_values(run_of(folder, "shapley"))
+
+
+def train(folder: Path) -> None:
+    """Fine-tune an adapter beside the run, whose answers stay those of the base model."""
+    train_adapter(run_of(folder).model_copy(update={"run_dir": str(folder / "trained")}))
+
+
 def query(folder: Path, kind: str) -> None:
     """Answer a prompt."""
     assert Run(run_of(folder, kind=kind)).query("Are you coming home for dinner tonight?", "A", top=100).helpful
 
 
 STAGES: dict[str, Callable[[Path], object]] = {
+    "train": train,
     "build": lambda folder: build_features(run_of(folder)),
     "reduce_influence": lambda folder: reduce_run(run_of(folder)),
     "reduce_streamed": lambda folder: reduce_run(run_of(folder, "shapley", "streamed")),
@@ -79,6 +100,7 @@ STAGES: dict[str, Callable[[Path], object]] = {
     "query_flat": lambda folder: query(folder, "flat"),
     "index_scan": lambda folder: index(folder, "scan"),
     "query_scan": lambda folder: query(folder, "scan"),
+    "values": values,
 }
 """Stages in the order in which one needs the other."""
 
