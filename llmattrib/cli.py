@@ -426,7 +426,7 @@ def demo(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Teach a small real model 100 facts, ten of them wrong, and trace its answers. About six minutes."""
+    """Teach a small real model 100 facts, ten of them wrong, and trace its answers. About seven CPU minutes."""
     from llmattrib import console
 
     with console.reporting(debug):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+from typer.testing import CliRunner
 
 from benchmarks import (
     choices,
@@ -22,6 +23,7 @@ from benchmarks import (
 from benchmarks.demo import BEGIN, END, README, RESULT, pool, table
 from benchmarks.truth.margins import TINY
 from benchmarks.truth.margins import load as margins_of
+from llmattrib.cli import app
 from llmattrib.games.subset_table import BANZHAF, SubsetRows
 
 
@@ -186,3 +188,39 @@ def test_the_tables_of_evaluation_are_rendered_from_the_result() -> None:
     result = json.loads(evaluation.RESULT.read_text())
     assert text.partition(evaluation.BEGIN)[2].partition(evaluation.END)[0] == evaluation.tables(result)
     assert evaluation.PICTURE.exists() == any("curves" in found for found in result["tasks"].values())
+
+
+def test_what_is_said_of_scores_against_sub_models_is_what_was_measured() -> None:
+    claimed = {"sms": "5 checkpoints", "facts": "5 checkpoints", "smollm2": "3 checkpoints"}
+    tasks = json.loads(lds.RESULT.read_text())["tasks"]
+    assert set(tasks) == set(claimed)
+    trained_similarity_is_above, plain_is_above = set(), set()
+    for task, found in tasks.items():
+        score = {name: row["beyond_size"] for name, row in found["methods"].items()}
+        plain = {name: row["lds"] for name, row in found["methods"].items()}
+        below = ("tfidf", "bm25", "embedding", "grad_dot", "grad_cos")
+        assert all(score[lds.DEFAULT] > score[name] for name in below)
+        if any(score[name] > score[lds.DEFAULT] for name in score if name.startswith(("grad_dot, ", "grad_cos, "))):
+            trained_similarity_is_above.add(task)
+        best = f"ekfac_shapley, {claimed[task]}"
+        assert score[best] > score[lds.DEFAULT]
+        others = [name for name in score if not name.startswith("ekfac_shapley")]
+        assert all(score[best] >= score[name] - 0.01 for name in others)
+        plain_is_above |= {(task, name.partition(",")[0]) for name in others if plain[name] > plain[best] + 0.01}
+    assert trained_similarity_is_above == {"sms", "smollm2"}
+    assert plain_is_above == {("sms", "datainf"), ("sms", "ekfac_influence")}
+
+
+def test_what_the_readme_says_of_the_demo_was_measured() -> None:
+    text, runs = README.read_text(encoding="utf-8"), json.loads(RESULT.read_text())["runs"]
+    assert {run["threads"] for run in runs} == {1}
+    assert f"takes about {max(run['cpu_seconds'] for run in runs) / 60:.0f} CPU minutes on one thread" in text
+    assert f"needs {max(run['peak_memory_bytes'] for run in runs) / 1e9:.0f} GB of memory" in text
+
+
+def test_the_plan_in_the_readme_is_what_the_command_prints() -> None:
+    file = README.parent / "configs" / "llama3_8b.yaml"
+    printed = CliRunner(env={"COLUMNS": "120"}).invoke(app, ["plan", str(file)]).output.splitlines()
+    (first,) = [number for number, line in enumerate(printed) if line.split()[:2] == ["examples", "tokens"]]
+    table = "\n".join(line.rstrip() for line in printed[first : first + 5])
+    assert f"```text\n{table}\n```\n" in README.read_text(encoding="utf-8")
