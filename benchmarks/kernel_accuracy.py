@@ -71,7 +71,7 @@ def overlap(values: np.ndarray, others: np.ndarray) -> float:
 
 def solve(made: Path, found: Path) -> dict[str, Any]:
     """Read a game, write its representers, and return what that took of this process."""
-    tree = np.load(made)
+    tree, imported = np.load(made), peak_bytes()
     game = KernelGame(tree["features"], tree["responses"], float(tree["ridge"]))
     seconds, result = cpu_seconds(lambda: MeanField(form="total_gradient").init(game))
     np.save(found, result.representers)
@@ -79,6 +79,7 @@ def solve(made: Path, found: Path) -> dict[str, Any]:
         "seconds": result.seconds,
         "cpu_seconds": seconds,
         "threads": int(os.environ["OMP_NUM_THREADS"]),
+        "imported_bytes": imported,
         "peak_memory_bytes": peak_bytes(),
         "sum_rule_error": result.sum_rule_error,
         "num_nodes": result.num_nodes,
