@@ -6,6 +6,8 @@ The same model, adapter and examples for all (benchmarks/lora_case.py), one thre
 one run to warm up: no loading, no tokenising, no imports. Each round runs all rows, forwards and backwards in turn, and
 ratios are taken within a round; medians and ranges. Rows:
 
+    gemm             the base model's matrix products alone, of a forward and of the gradients of its inputs: no
+                     attention, norms, LoRA or framework. No more than what plain and ours take beyond it can be saved
     plain            forward and mean completion loss of trainable LoRA factors, `backward()`, nothing kept: the limit
     ours_init        per-example gradients, sketch to 4,096 dimensions, norms and columns, without the store
     ours_trained     the same at the adapter
@@ -50,7 +52,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.lora_case import Case, make_case
 from llmattrib.encoding import Encoded, collate
@@ -69,9 +71,9 @@ UNTUNED = "untuned_trained"
 PEERS = ("batch_of_one", "bergson_p16", "bergson_p8", "dattri_p8", "kronfluence")
 DENSE = ("bergson_p0", "bergson_joint", "less", "traker")
 CASES: dict[str, tuple[str, int, int, tuple[str, ...]]] = {
-    "tiny_r8": ("tiny", 8, 96, ("plain", *OURS, *PARTS, UNTUNED, *PEERS, *DENSE)),
+    "tiny_r8": ("tiny", 8, 96, ("gemm", "plain", *OURS, *PARTS, UNTUNED, *PEERS, *DENSE)),
     "tiny_r16": ("tiny", 16, 96, ("plain", *OURS, "bergson_p16")),
-    "smollm2_r8": ("smollm2", 8, 20, ("plain", *OURS, *PARTS, UNTUNED, *PEERS, "bergson_p3")),
+    "smollm2_r8": ("smollm2", 8, 20, ("gemm", "plain", *OURS, *PARTS, UNTUNED, *PEERS, "bergson_p3")),
     "smollm2_r16": ("smollm2", 16, 20, ("plain", *OURS, "bergson_p16")),
     "smollm2_r8_joint": ("smollm2", 8, 32, (*OURS, "bergson_joint")),
 }
@@ -133,6 +135,25 @@ def backward(loaded: LoadedModel, examples: list[Encoded]) -> None:
     """Forward and backward of the mean loss."""
     logits, _, target = completion_logits(loaded.model, collate(examples, loaded.pad_id))
     torch.nn.functional.cross_entropy(logits, target).backward()
+
+
+def gemm(case: Case) -> Callable[[], None]:
+    """Return the matrix products of forward and backward, each a call of its own on data that is there."""
+    model = case.load().model
+    head = model.get_output_embeddings()
+    linear = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lora_" not in name]
+    products = []
+    for examples in case.batches:
+        num_tokens = len(examples) * max(map(len, examples))
+        num_predicted = sum(len(example) - example.completion_start for example in examples)
+        sizes = [(module.weight, num_predicted if module is head else num_tokens) for module in linear]
+        products += [(weight, torch.randn(size, weight.shape[1])) for weight, size in sizes]
+
+    def run() -> None:
+        for weight, x in products:
+            torch.mm(torch.mm(x, weight.T), weight)
+
+    return torch.no_grad()(run)
 
 
 def plain(case: Case) -> Callable[[], None]:
@@ -201,7 +222,7 @@ def contender(name: str, case: Case) -> Callable[[], None]:
         from benchmarks.peers import traker_featurize
 
         return traker_featurize.contender(case, DIM)
-    return {"plain": plain, "batch_of_one": batch_of_one, "less": less}[name](case)
+    return {"gemm": gemm, "plain": plain, "batch_of_one": batch_of_one, "less": less}[name](case)
 
 
 def cpu_seconds(run: Callable[[], None]) -> float:

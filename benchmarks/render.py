@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 PLOTS = {"fidelity": PAGE.parent / "fidelity.png", "features": PAGE.parent / "features.png"}
 LABELS = {
+    "gemm": "the matrix products of the base model alone",
     "plain": "plain forward + backward (the limit)",
     "ours_init": "**llmattrib**, `init`",
     "ours_trained": "**llmattrib**, `trained`",
