@@ -16,6 +16,8 @@ from llmattrib.estimators.streamed import StreamedField
 from llmattrib.estimators.streamed_node import site
 from llmattrib.estimators.subset import Subset
 from llmattrib.games.kernel import FeatureRows, KernelGame, array_blocks
+from llmattrib.rng import stream
+from llmattrib.scorers.gradient import unit_rows
 
 CHUNK = 16
 
@@ -99,6 +101,32 @@ def test_four_vectors_keep_the_sum_rule_and_come_near_the_total_gradient(kind, r
     assert oracles.relative_error(found, truth) < oracles.relative_error(cavity.representers[:, 0], truth)
     errors = [oracles.relative_error(queries @ v.T, queries @ truth.T) for v in (found, cavity.representers[:, 0])]
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(
+    ("n", "p", "ridge", "decay", "is_centered"),
+    [(300, 30, 1e-3, 1, False), (40, 60, 0.01, 0, True), (2100, 20, 0.1, 0, False)],
+)
+def test_a_first_guess_that_is_not_positive_definite_is_replaced(n, p, ridge, decay, is_centered, monkeypatch):
+    """Leverages fall steeply along q where n / (d ridge) is large, and interpolating over them overshoots."""
+    features = stream(0, "rows").standard_normal((n, p)) * np.arange(1.0, p + 1) ** -decay
+    features = unit_rows((features - is_centered * features.mean(axis=0)).astype(np.float32))
+    game = KernelGame(features.astype(np.float64), np.ones((n, 1)), ridge)
+    safe, replaced = streamed._Run._safe_guess, []
+    monkeypatch.setattr(streamed._Run, "_safe_guess", lambda run, q: [replaced.append(q), safe(run, q)][1])
+    monkeypatch.setitem(globals(), "CHUNK", 512)
+    level, is_wide = (1, False) if n > streamed.WIDE else (2, True)
+    _, found = run(game, num_vectors=0, max_level=level, fixed_point_tolerance=1e-9 if is_wide else 1e-6)
+    cavity = MeanField(form="cavity", max_level=level, duplicate_tolerance=None).init(game).representers[:, 0]
+    assert oracles.relative_error(found, cavity) < (1e-5 if is_wide else 1e-4)
+    if is_wide:
+        result, found = run(game)
+        dense = MeanField(form="total_gradient", duplicate_tolerance=None).init(game).representers[:, 0]
+        assert result.sum_rule_error <= 1e-3
+        assert oracles.relative_error(found, dense) < 0.04
+        queries = sample_queries(rows_of(game), 12, seed=0)
+        assert certify_streamed(rows_of(game), ridge, result, queries, Subset(num_draws=32)).lower < 0.05
+    assert replaced
 
 
 def test_shapley_is_near_enumeration():

@@ -320,8 +320,8 @@ class _Run:
         for rounds in range(1, self.estimator.max_iterations + 1):
             try:
                 inverse = self._inverse(moment)
-            except np.linalg.LinAlgError:  # mixed matrices need not be positive definite; the plain step is
-                moment = self._unturn(points[-1] + steps[-1])
+            except np.linalg.LinAlgError:  # neither mixed nor interpolated matrices need be positive definite
+                moment = self._unturn(points[-1] + steps[-1]) if points else self._safe_guess(q)
                 inverse = self._inverse(moment)
             narrow = inverse.astype(self.dtype)
 
@@ -345,6 +345,10 @@ class _Run:
             expected=f"a relative change below {self.estimator.fixed_point_tolerance:g}",
             fix="take a larger ridge",
         )
+
+    def _safe_guess(self, q: float) -> Float[np.ndarray, "p p"]:
+        """Return a positive semidefinite matrix to start from: that of the end of the q-axis whose side q is on."""
+        return q * self.known[0.0 if q < self.shift else 1.0].astype(np.float64)
 
     def _turn(self, matrix: Float[np.ndarray, "p p"]) -> Float[np.ndarray, " k"]:
         return np.asarray(self.metric @ matrix @ self.metric.T).ravel()
