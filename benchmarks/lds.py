@@ -13,7 +13,8 @@ different seeds), `method, both` (features at the early adapter and at a trained
 k checkpoints` (features at k epochs of one fine-tune, evenly spaced). `ekfac_influence` and `ekfac_shapley` are
 grad_dot and Shapley on features whitened by EK-FAC. Baselines are those of `llmattrib evaluate`, rows of bergson those
 of `benchmarks.peers.bergson_lds`.
-`ceiling` is the score of the truth itself: one seed's margins against the mean of the others, sub-model by sub-model.
+`one_seed` is the score of one seed's margins against the mean of the others, sub-model by sub-model, and `ceiling` what
+a score that knew all but the noise of the seeds would have (llmattrib/evaluate/lds.py).
 Intervals are 95 %, over prompts and subsets. Adds to benchmarks/results/lds.json, task by task and name
 by name, and renders docs/choosing.md.
 """
@@ -32,7 +33,7 @@ from benchmarks._pages import fill
 from benchmarks.truth.margins import TASKS, TINY, load
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, load_config
-from llmattrib.evaluate.lds import Lds, lds, spearman
+from llmattrib.evaluate.lds import Lds, lds, reachable, seed_agreement
 from llmattrib.evaluate.scores import BASELINES, baseline_scores, method_scores
 from llmattrib.query import Run
 from llmattrib.reduce import reduce_run
@@ -112,14 +113,11 @@ def name_of(method: str, point: str, count: int) -> str:
 
 
 def ceiling(margins: np.ndarray) -> dict[str, float]:
-    """Return how well one seed ranks the sub-models as the mean of the others does, mean over prompts and seeds."""
+    """Return how well seeds agree, and what can be reached; nothing of one seed."""
     if len(margins) < 2:
         return {}
-    found = [
-        np.nanmean(spearman(margins[seed], np.delete(margins, seed, axis=0).mean(axis=0)))
-        for seed in range(len(margins))
-    ]
-    return {"ceiling": round(float(np.mean(found)), 4)}
+    one = seed_agreement(margins)
+    return {"one_seed": round(one, 4), "ceiling": round(reachable(one, len(margins)), 4)}
 
 
 def merge(task: str, found: dict[str, Any], methods: dict[str, Any]) -> None:

@@ -66,6 +66,8 @@ class RunConfig(Section):
     def _label_words_fit_output(self) -> "RunConfig":
         if self.features.output in ("margin", "logits") and len(self.data.label_words) < 2:
             raise ValueError(f"features.output={self.features.output} needs two or more data.label_words")
+        if len(self.data.label_words) == 1:
+            raise ValueError("data.label_words names one word, which is then certain: name two or more, or none")
         return self
 
     @property

@@ -77,6 +77,7 @@ def test_every_shipped_config_is_accepted(path: Path) -> None:
         ("model.nmae=x", r"model\.nmae: Extra inputs are not permitted \(found 'x'\)"),
         ("features.output=los", r"features\.output: Input should be 'loss', 'log_odds'.*\(found 'los'\)"),
         ("features.sketch.dim=0", r"features\.sketch\.dim: Input should be greater than 0"),
+        ("data.label_words=[spam]", r"data\.label_words names one word"),
         ("features.output=margin", r"features\.output=margin needs two or more data\.label_words"),
         ("data.label_map={spam: Yes, ham: No}", r"label_map\.spam: Input should be a valid string \(found True\)"),
         ("data.label_map={spam: a, ' spam': b}", r"data\.label_map: .*two completions differ in space only"),

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from llmattrib.cli import app
 from llmattrib.errors import MethodError
-from llmattrib.evaluate.lds import agreement_note
+from llmattrib.evaluate.lds import agreement_note, reachable, seed_agreement, spearman
 from llmattrib.evaluate.leave_one_out import leave_one_out
 from llmattrib.games.subset_table import BANZHAF, LEAVE_OUT, draw_rows
 from llmattrib.rng import stream
@@ -23,6 +23,18 @@ def game():
     shares = stream(0, "leave one out test").standard_normal((NUM_PROMPTS, NUM_EXAMPLES))
     rows = draw_rows(LEAVE_OUT, 0, NUM_EXAMPLES, NUM_EXAMPLES + 2, lambda members: members @ shares.T + 7.0)
     return shares, rows
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.0])
+@pytest.mark.parametrize("num_seeds", [2, 3, 8])
+def test_what_can_be_reached_is_what_the_truth_without_noise_has(noise, num_seeds):
+    draws = stream(0, "reachable", num_seeds)
+    truth = draws.standard_normal((4000, 4))
+    seeds = truth + noise * draws.standard_normal((num_seeds, 4000, 4))
+    reached = spearman(truth, seeds.mean(axis=0)).mean()
+    assert reachable(seed_agreement(seeds), num_seeds) == pytest.approx(reached, abs=0.02)
+    assert reachable(0.0, num_seeds) == reachable(-0.2, num_seeds) == 0
+    assert reachable(1.0, num_seeds) == pytest.approx(1)
 
 
 def test_exact_effects_score_one(game):
@@ -62,7 +74,8 @@ def test_seeds_agree_as_far_as_they_do(game):
     _, rows = game
     assert agreement_note(rows.utilities[None]) == ()
     (note,) = agreement_note(np.array([rows.utilities, rows.utilities * 2]))
-    assert note.endswith("to 1.00")
+    assert "does to 1.00; a score" in note
+    assert note.endswith("would have about 1.00")
 
 
 def test_by_the_command_line(tmp_path):

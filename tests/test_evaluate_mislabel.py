@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse
 from sklearn.metrics import roc_auc_score
 from test_build import changed
 from test_resume import config_file
@@ -24,11 +25,15 @@ from llmattrib.evaluate.mislabel import (
     residuals,
     self_scores,
 )
-from llmattrib.evaluate.scores import RunScores
+from llmattrib.evaluate.retrieval import tfidf_scores
+from llmattrib.evaluate.scores import RunScores, bm25_scores
 from llmattrib.games.kernel import KernelGame
+from llmattrib.manifest import Manifest
+from llmattrib.reader import FeatureReader
 from llmattrib.reduce import reduce_run
 from llmattrib.rng import stream
 from llmattrib.store import RowStore
+from llmattrib.values.estimates import is_label_free, label_free
 
 NUM_ROWS, WRONG = 24, (2, 7, 12)
 
@@ -39,6 +44,12 @@ def test_detection_counts_the_most_suspicious():
     assert (found.auroc, found.recall) == (0.5, 0.5)
     found = detection(np.array([3.0, 1.0, 0.0, 2.0]), wrong)
     assert (found.auroc, found.low, found.high, found.recall) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("num_wrong", [1, 9])
+def test_of_one_example_there_is_no_interval(num_wrong):
+    found = detection(stream(2, "mislabel test").standard_normal(10), np.arange(10) < num_wrong)
+    assert (found.low, found.high) == (0, 1)
 
 
 def test_auroc_is_that_of_sklearn_and_its_interval_covers():
@@ -54,13 +65,35 @@ def test_auroc_is_that_of_sklearn_and_its_interval_covers():
 
 
 def test_neighbours_are_counted_without_oneself():
-    likeness = stream(1, "mislabel test").standard_normal((15, 15))
-    np.fill_diagonal(likeness, 100)
-    labels = np.arange(15) % 2
-    found = disagreement(likeness, labels)
-    for i in range(15):
-        others = sorted((j for j in range(15) if j != i), key=lambda j: -likeness[i, j])[:10]
+    num_rows = 300  # more than are compared at once
+    vectors = stream(1, "mislabel test").standard_normal((num_rows, 4))
+    likeness, labels = vectors @ vectors.T, np.arange(num_rows) % 2
+    found = disagreement(vectors, labels)
+    np.testing.assert_array_equal(disagreement(scipy.sparse.csr_matrix(vectors), labels), found)
+    for i in range(num_rows):
+        others = sorted((j for j in range(num_rows) if j != i), key=lambda j: -likeness[i, j])[:10]
         assert found[i] == pytest.approx(np.mean([labels[j] != labels[i] for j in others]))
+
+
+def test_features_without_the_label_say_nothing_of_random_labels(tmp_path):
+    rows = stream(3, "mislabel test").standard_normal((200, 1, 6)).astype(np.float32)
+    labels = stream(4, "mislabel test").integers(0, 2, 200)
+    for output in ("margin", "loss", "pntk", "logits"):
+        own = np.where((labels == 1)[:, None, None], 1, -1) if output in ("margin", "loss") else 1
+        assert disagreement(label_free(rows * own, labels, output), labels).mean() == pytest.approx(0.5, abs=0.05)
+    for num_words, outputs in ((2, ("margin", "loss", "pntk", "logits")), (3, ("pntk", "logits"))):
+        for output in ("margin", "loss", "pntk", "logits"):
+            fingerprint = {"features": {"output": output}, "encoding": {"label_words": ["a"] * num_words}}
+            path = str(tmp_path / f"{output}{num_words}.zarr")
+            store = RowStore.create(path, Manifest("features", 8, 1, 4, "float32", 4, (), fingerprint))
+            assert is_label_free(FeatureReader(store)) == (output in outputs)
+
+
+def test_texts_without_a_word_are_alike(tmp_path):
+    assert regression_loss(["!!!", "...", "!", "?"], np.arange(4) % 2) is None
+    for scores in (tfidf_scores, bm25_scores):
+        np.testing.assert_array_equal(scores(["!!!", "?"], ["what?", "", "..."]), np.zeros((3, 2)))
+        assert scores(["a word", "?"], ["a word"]).argmax() == 0
 
 
 def test_residuals_without_an_example_are_those_of_a_fit_without_it():

@@ -9,7 +9,7 @@ taken out of the scores too, so the cosine is a Pearson correlation; a score tha
 Beside the methods of `reduce.methods` and the baselines of scores.py stand
 
     spectral    spectral(T,rate) at the T and the rate of the gold itself, where it is trained by sgd
-    one_seed    the gold of one seed against the mean of the others, mean over seeds: what noise leaves to be reached
+    one_seed    the gold of one seed against the mean of the others, mean over seeds: how noisy it is
 
 Intervals resample prompts and left-out examples together (percentile bootstrap).
 Source: Wei et al. 2024 (arXiv 2412.03906), section 5.

@@ -10,6 +10,7 @@ bootstrap), so it covers both.
 Source: Park et al. 2023 (TRAK), section 4; Ilyas et al. 2022.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,14 +116,42 @@ def spearman(one: Float[np.ndarray, "m q"], other: Float[np.ndarray, "m q"]) -> 
 
 
 def agreement_note(utilities: Float[np.ndarray, "s m q"]) -> tuple[str, ...]:
-    """Say how well one training seed ranks sub-models as the mean of the others does: no score can be much higher."""
+    """Say how well one training seed ranks sub-models as the mean of the others does, and what that lets be reached."""
     if len(utilities) < 2:
         return ()
+    one = seed_agreement(utilities)
+    return (
+        f"one seed ranks the sub-models as the mean of the others does to {one:.2f}; a score that knew all but the "
+        f"noise of the seeds would have about {reachable(one, len(utilities)):.2f}",
+    )
+
+
+def seed_agreement(utilities: Float[np.ndarray, "s m q"]) -> float:
+    """Return the rank correlation of one of several seeds with the mean of the others, mean over prompts and seeds."""
     found = [
         mean_correlation(spearman(utilities[seed], np.delete(utilities, seed, axis=0).mean(axis=0)))
         for seed in range(len(utilities))
     ]
-    return (f"one seed ranks the sub-models as the mean of the others does to {np.mean(found):.2f}",)
+    return float(np.mean(found))
+
+
+def reachable(one_seed: float, num_seeds: int) -> float:
+    """Return the correlation of what seeds have in common with the mean of them, which no score can exceed.
+
+    With r the correlation of two seeds, that of one with the mean of k - 1 others is
+    a = r sqrt((k - 1) / (1 + (k - 2) r)), and that of what seeds share with the mean of k is
+    sqrt(k r / (1 + (k - 1) r)). Exact where the noise of seeds is of one size and independent; ranks follow it closely.
+
+    Args:
+        one_seed: a; below 0 it says that they share nothing.
+        num_seeds: k, two or more.
+
+    Source: Spearman 1910 and Brown 1910, reliability of a mean.
+    """
+    squared = max(one_seed, 0.0) ** 2
+    linear = squared * (num_seeds - 2)
+    r = (linear + math.sqrt(linear**2 + 4 * squared * (num_seeds - 1))) / (2 * (num_seeds - 1))
+    return math.sqrt(num_seeds * r / (1 + (num_seeds - 1) * r))
 
 
 def _without_size(values: Float[np.ndarray, "m q"], rows: SubsetRows) -> Float[np.ndarray, "m q"]:

@@ -20,12 +20,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import scipy.sparse
 import scipy.stats
 from jaxtyping import Bool, Float, Int
 from scipy.special import expit
-from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
 
@@ -34,16 +35,18 @@ from llmattrib.coordinates import Transform
 from llmattrib.data import read_column
 from llmattrib.errors import ConfigError, DataError, MethodError
 from llmattrib.evaluate.record import Record, Row
-from llmattrib.evaluate.retrieval import tfidf_scores
+from llmattrib.evaluate.retrieval import have_words, tfidf
 from llmattrib.evaluate.scores import RunScores
 from llmattrib.games.kernel import KernelGame
 from llmattrib.query import answered_slots, current_representers, in_slots
 from llmattrib.reader import FeatureReader, choose_ridge
 from llmattrib.rng import stream
 from llmattrib.sections import Method
+from llmattrib.values.estimates import is_label_free, label_free
 from llmattrib.words import METHOD as WORDS
 
 NEIGHBORS, FOLDS = 10, 10
+ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Detection:
 
 
 def detection(suspicion: Float[np.ndarray, " n"], wrong: Bool[np.ndarray, " n"]) -> Detection:
-    """Measure suspicion against what is wrong; ties count half.
+    """Measure suspicion against what is wrong; ties count half. Of one wrong or one right example the interval is all.
 
     Raises:
         MethodError: all or no examples are wrong.
@@ -76,26 +79,28 @@ def detection(suspicion: Float[np.ndarray, " n"], wrong: Bool[np.ndarray, " n"])
     beaten = (ranks[wrong] - scipy.stats.rankdata(suspicion[wrong])) / num_right
     beating = 1 - (ranks[~wrong] - scipy.stats.rankdata(suspicion[~wrong])) / num_wrong
     auroc = float(beaten.mean())
-    variances = (part.var(ddof=1) / len(part) if len(part) > 1 else 0.0 for part in (beaten, beating))
+    variances = (part.var(ddof=1) / len(part) if len(part) > 1 else np.inf for part in (beaten, beating))
     reach = 1.959964 * float(np.sqrt(sum(variances)))
     top = np.argsort(-suspicion, kind="stable")[:num_wrong]
     return Detection(auroc, max(0.0, auroc - reach), min(1.0, auroc + reach), float(wrong[top].mean()))
 
 
-def disagreement(likeness: Float[np.ndarray, "n n"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Return the share of the nearest examples, itself left out, that have another label."""
-    likeness = likeness.copy()
-    np.fill_diagonal(likeness, -np.inf)
-    nearest = np.argsort(-likeness, axis=1, kind="stable")[:, : min(NEIGHBORS, len(likeness) - 1)]
-    return np.asarray((labels[nearest] != labels[:, None]).mean(axis=1))
+def disagreement(vectors: Any, labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Return the share of the nearest examples by inner product, itself left out, that have another label.
 
-
-def label_free(
-    rows: Float[np.ndarray, "n c p"], labels: Int[np.ndarray, " n"], output: str
-) -> Float[np.ndarray, "n d"]:
-    """Return unit features that do not know the label: of margins, the sign of the own label is undone."""
-    signed = rows[:, 0] * np.where(labels == 1, 1, -1)[:, None] if output != "logits" else rows.reshape(len(rows), -1)
-    return np.asarray(signed / np.maximum(np.linalg.norm(signed, axis=1, keepdims=True), 1e-300))
+    Args:
+        vectors: array or sparse matrix [n, d].
+        labels: one an example.
+    """
+    found = np.empty(len(labels))
+    for start in range(0, len(labels), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        products = vectors[part] @ vectors.T
+        likeness = np.array(products.todense() if scipy.sparse.issparse(products) else products)
+        np.fill_diagonal(likeness[:, start:], -np.inf)
+        nearest = np.argsort(-likeness, axis=1, kind="stable")[:, : min(NEIGHBORS, len(labels) - 1)]
+        found[part] = (labels[nearest] != labels[part, None]).mean(axis=1)
+    return found
 
 
 def residuals(games: Sequence[KernelGame], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
@@ -111,12 +116,12 @@ def residuals(games: Sequence[KernelGame], labels: Int[np.ndarray, " n"]) -> Flo
 
 
 def regression_loss(texts: Sequence[str], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"] | None:
-    """Return the out-of-fold loss of logistic regression on tf-idf; None where a label is too rare for folds."""
+    """Return the out-of-fold loss of logistic regression on tf-idf; None without words, or too few of a label."""
     codes, counts = np.unique(labels, return_inverse=True, return_counts=True)[1:]
     folds = min(FOLDS, int(counts.min()))
-    if folds < 2 or len(counts) < 2:
+    if folds < 2 or len(counts) < 2 or not have_words(texts):
         return None
-    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b").fit_transform(texts)
+    vectors = tfidf().fit_transform(texts)
     model = LogisticRegression(C=10.0, max_iter=1000)
     odds = cross_val_predict(model, vectors, codes, cv=folds, method="predict_proba")
     return np.asarray(-np.log(odds[np.arange(len(codes)), codes]))
@@ -140,10 +145,12 @@ def trivial_suspicions(
         found["gradient norm"] = reader.store.column("norm").astype(np.float64)
     found["residual"] = residuals(games, labels)
     if (labels >= 0).all():
-        rows = np.concatenate([block for _, block in reader.store.blocks()]).astype(np.float64)
-        free = label_free(rows, labels, reader.output)
-        found["disagreement, features"] = disagreement(free @ free.T, labels)
-        found["disagreement, tf-idf"] = disagreement(tfidf_scores(texts, texts), labels)
+        if is_label_free(reader):
+            rows = np.concatenate([block for _, block in reader.store.blocks()])
+            free = label_free(rows, labels, reader.output)
+            found["disagreement, features"] = disagreement(free, labels)
+        if have_words(texts):
+            found["disagreement, tf-idf"] = disagreement(tfidf().fit_transform(texts).tocsr(), labels)
         loss = regression_loss(texts, labels)
         if loss is not None:
             found["tf-idf regression"] = loss

@@ -4,12 +4,15 @@ A probe is a prompt whose teaching example is known. Methods are compared on the
 and answer, the baseline any claim must stand beside. Ties are broken by row, so a ranking is a pure function of scores.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 from sklearn.feature_extraction.text import TfidfVectorizer
+
+WORD = r"(?u)\b\w+\b"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,19 @@ def top_rows(scores: Float[np.ndarray, "q n"], k: int) -> Int[np.ndarray, "q k"]
 
 
 def tfidf_scores(train_texts: Sequence[str], query_texts: Sequence[str]) -> Float[np.ndarray, "q n"]:
-    """Score training texts for each query text by cosine of word tf-idf vectors (unigrams and bigrams)."""
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+    """Score training texts for each query text by cosine of word tf-idf vectors; zeros where they hold no word."""
+    if not have_words(train_texts):
+        return np.zeros((len(query_texts), len(train_texts)))
+    vectorizer = tfidf()
     train = vectorizer.fit_transform(train_texts)
     return np.asarray((vectorizer.transform(query_texts) @ train.T).todense())
+
+
+def tfidf() -> TfidfVectorizer:
+    """Return what makes unit tf-idf vectors of unigrams and bigrams of words; it takes texts that `have_words`."""
+    return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=WORD)
+
+
+def have_words(texts: Sequence[str]) -> bool:
+    """Whether any text has a letter or digit."""
+    return any(re.search(r"\w", text) for text in texts)

@@ -29,7 +29,7 @@ from llmattrib.coordinates import Transform
 from llmattrib.data import Example, load_validation_examples
 from llmattrib.encoding import Encoded, collate, length_batches
 from llmattrib.errors import MethodError
-from llmattrib.evaluate.retrieval import tfidf_scores
+from llmattrib.evaluate.retrieval import WORD, have_words, tfidf_scores
 from llmattrib.extraction import batch_memory, encode_examples
 from llmattrib.progress import Progress, silent
 from llmattrib.query import Run, answered_slots, current_representers, in_slots
@@ -221,8 +221,13 @@ def bm25_scores(
         query_texts: their words are the queries; a word asked twice counts twice.
         k1: how soon repeated words stop to count.
         b: how much long documents are scaled down.
+
+    Returns:
+        Scores; zeros where the training texts hold no word.
     """
-    vectorizer = CountVectorizer(token_pattern=r"(?u)\b\w+\b")
+    if not have_words(train_texts):
+        return np.zeros((len(query_texts), len(train_texts)))
+    vectorizer = CountVectorizer(token_pattern=WORD)
     counts = vectorizer.fit_transform(train_texts).tocsr().astype(np.float64)
     lengths = np.asarray(counts.sum(axis=1)).ravel()
     found_in = np.asarray((counts > 0).sum(axis=0)).ravel()

@@ -356,15 +356,15 @@ def from_neighbors(config: RunConfig, reader: FeatureReader, validation: Validat
             expected="label words",
             fix="name data.label_words and build again, or set values.method=shapley",
         )
-    if num_classes > 2 and reader.output not in ("logits", "pntk"):
+    if not is_label_free(reader):
         raise MethodError(
             f"features of output {reader.output} depend on the label, so nearness in them does too",
             expected="features.output logits or pntk, or two label words",
             fix="build features of output logits, or set values.method=shapley",
         )
     rows = np.concatenate([block for _, block in reader.store.blocks()])
-    order_by = _label_free(rows, labels, reader.output)
-    queries = _label_free(validation.phi, validation.labels, reader.output)
+    order_by = label_free(rows, labels, reader.output)
+    queries = label_free(validation.phi, validation.labels, reader.output)
     (n, m), k = (len(rows), len(queries)), values.knn_neighbors
     total, worth = np.zeros(n), 0.0
     for start in range(0, m, _QUERIES):
@@ -384,7 +384,12 @@ def from_neighbors(config: RunConfig, reader: FeatureReader, validation: Validat
     return replace(estimate, empty=empty, full=worth / m)
 
 
-def _label_free(rows: Float[np.ndarray, "m c p"], labels: np.ndarray, output: str) -> Float[np.ndarray, "m d"]:
+def is_label_free(reader: FeatureReader) -> bool:
+    """Whether rows that do not depend on the label can be made of features: always of two label words."""
+    return reader.output in ("logits", "pntk") or len(reader.manifest.fingerprint["encoding"]["label_words"]) <= 2
+
+
+def label_free(rows: Float[np.ndarray, "m c p"], labels: np.ndarray, output: str) -> Float[np.ndarray, "m d"]:
     """Return unit rows that do not depend on the label: of two words, that of the first (margins change sign)."""
     if output not in ("logits", "pntk"):
         rows = np.where((labels == 1)[:, None, None], -rows, rows)
