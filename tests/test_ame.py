@@ -1,5 +1,6 @@
 """Effects from subset tables: exact in the population, right on games whose answer is known, errors bounded."""
 
+import dataclasses
 import itertools
 import math
 
@@ -75,6 +76,32 @@ def test_majority_of_three_has_the_known_constants(eps, expected):
     np.testing.assert_allclose(found, (1 + 2 * eps - 2 * eps**2) / 3, rtol=1e-9)
     rows = draw_rows(design, 0, 3, 2000, majority)
     np.testing.assert_allclose(AmeRegression("unpenalized").init(rows).values, expected, atol=0.05)
+
+
+@pytest.mark.parametrize("constant", [0.3, 0.85, 1 / 3, 0.0, -1e9])
+@pytest.mark.parametrize("design", [ATTRIBUTION, SHAPLEY])
+def test_a_utility_that_never_changes_has_no_effects(constant, design):
+    rows = draw_rows(design, 0, 20, 200, lambda members: np.full((len(members), 1), constant))
+    noise = 1 + 1e-15 * stream(0, "noise").standard_normal(rows.utilities.shape)  # a prediction, computed in two ways
+    for utilities in (rows.utilities, rows.utilities * noise):
+        same = dataclasses.replace(rows, utilities=utilities)
+        for rule in ("one_standard_error", "minimum", "unpenalized"):
+            result = AmeRegression(rule).init(same)
+            np.testing.assert_array_equal(result.values, 0)
+            assert result.num_selected == 0
+        assert not Knockoffs().init(same).selected.any()
+
+
+def test_residuals_are_those_of_a_regression_on_bucket_columns():
+    rng = stream(0, "columns")
+    bucket, columns = rng.permutation(np.arange(60) % 4), rng.standard_normal((60, 3)) + np.array([0, 1e6, 0])
+    columns[:, 2] = np.array([0.1, 0.7, 1e5, 1 / 3])[bucket]
+    indicators = np.eye(4)[bucket]
+    expected = columns - indicators @ np.linalg.lstsq(indicators, columns)[0]
+    np.testing.assert_allclose(residualize(columns, bucket)[:, :2], expected[:, :2], atol=1e-9)
+    np.testing.assert_array_equal(residualize(columns, bucket)[:, 2], 0)
+    many = residualize(np.full((300_000, 1), 0.1), np.arange(300_000) % 2)
+    np.testing.assert_array_equal(many, 0)
 
 
 def test_effects_of_the_kernel_game_equal_enumeration():

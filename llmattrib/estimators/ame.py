@@ -38,6 +38,7 @@ from llmattrib.progress import Progress, silent
 Rule = Literal["one_standard_error", "minimum", "unpenalized"]
 BUCKETS = 20
 """Buckets of p where it is continuous."""
+_ROUNDING = 1e-12  # of a column's largest entry: less than this is no change of it
 
 
 def player_features(
@@ -73,11 +74,18 @@ def p_buckets(design: Design, p: Float[np.ndarray, " m"]) -> Int[np.ndarray, " m
 
 
 def residualize(columns: Float[np.ndarray, "m k"], bucket: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m k"]:
-    """Subtract from each column its mean in each bucket: the projection that leaves bucket columns unpenalised."""
-    counts = np.bincount(bucket)
+    """Subtract from each column its mean in each bucket: the projection that leaves bucket columns unpenalised.
+
+    What is left of a column is exactly zero where it is rounding: of a utility that never changes, and LASSO would look
+    for effects in the rounding.
+    """
+    counts, first = np.bincount(bucket), np.unique(bucket, return_index=True)[1]
+    shifted = columns - columns[first][bucket]  # the sum of many equal numbers has an error that grows with their count
     sums = np.zeros((len(counts), columns.shape[1]))
-    np.add.at(sums, bucket, columns)
-    return np.asarray(columns - (sums / counts[:, None])[bucket])
+    np.add.at(sums, bucket, shifted)
+    rest = shifted - (sums / counts[:, None])[bucket]
+    is_rounding = np.abs(rest).max(axis=0) <= _ROUNDING * np.abs(columns).max(axis=0)
+    return np.where(is_rounding, 0.0, rest)
 
 
 @dataclass(frozen=True)
@@ -144,8 +152,7 @@ class AmeRegression:
         Raises:
             MethodError: there are too few rows, or coordinate descent does not converge.
         """
-        x, y = residualize(features, bucket), residualize(utilities, bucket)
-        num_rows, num_columns = x.shape
+        num_rows, num_columns = features.shape
         wanted = num_columns + int(bucket.max()) + 2 if self.rule == "unpenalized" else 2 * self.num_folds
         if num_rows < wanted:
             raise MethodError(
@@ -153,6 +160,7 @@ class AmeRegression:
                 expected=f"at least {wanted}",
                 fix="draw more subsets, or let LASSO choose (rule one_standard_error)",
             )
+        x, y = residualize(features, bucket), residualize(utilities, bucket)
         if self.rule == "unpenalized":
             coefficients = np.asarray(scipy.linalg.lstsq(x, y)[0])
             zeros, errors = np.zeros(y.shape[1]), np.zeros((y.shape[1], 0))
