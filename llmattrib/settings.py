@@ -74,7 +74,7 @@ def resolve(
         MethodError: the method or its response cannot use these features.
     """
     kind, is_semivalue = MethodName.parse(method).kind, MethodName.parse(method).is_semivalue
-    _check_method(config, method, output, is_semivalue)
+    _check_method(config, method, kind, output, is_semivalue)
     ridge: float | Literal["loo"] | None = None
     if kind not in ("grad_dot", "grad_cos", "spectral", "tracin_we"):
         ridge = _auto_ridge(is_semivalue, has_labels, is_whitened) if config.ridge == "auto" else config.ridge
@@ -132,7 +132,7 @@ def _form(num_rows: int, dim: int) -> Form:
     return "pairs" if num_rows <= LARGE else "total_gradient"
 
 
-def _check_method(config: ReduceConfig, method: Method, output: str, is_semivalue: bool) -> None:
+def _check_method(config: ReduceConfig, method: Method, kind: str, output: str, is_semivalue: bool) -> None:
     if output == "logits" and not is_semivalue:
         raise MethodError(
             f"{method} needs one gradient per example, and features of output logits have one per class",
@@ -144,6 +144,12 @@ def _check_method(config: ReduceConfig, method: Method, output: str, is_semivalu
             "tracin_we is of word gradients as they are: no mean is taken off and no length is scaled",
             expected="reduce.center and reduce.normalize auto or false",
             fix="reduce tracin_we by itself, or set them to auto",
+        )
+    if kind == "spectral" and config.normalize is True:
+        raise MethodError(
+            f"{method} is what descent along gradients as they are makes of an example, and rows of unit norm are none",
+            expected="reduce.normalize auto or false",
+            fix="reduce spectral by itself, or set reduce.normalize=auto",
         )
 
 

@@ -437,6 +437,14 @@ def test_responses_that_do_not_fit_the_features_are_errors(response, output, has
         resolve(ReduceConfig(response=response), "shapley", output, has_labels, 10, 4)
 
 
+@pytest.mark.parametrize("output", ["loss", "log_odds", "margin", "pntk"])
+def test_spectral_of_unit_rows_is_an_error(output):
+    with pytest.raises(MethodError, match=r"spectral\(7,0\.9\) is what descent along gradients as they are.*unit norm"):
+        resolve(ReduceConfig(normalize=True), "spectral(7,0.9)", output, True, 10, 4)
+    for normalize in ("auto", False):
+        assert not resolve(ReduceConfig(normalize=normalize), "spectral(7,0.9)", output, True, 10, 4).normalize
+
+
 def test_auto_settings_follow_the_task_and_explicit_ones_win():
     def chosen(method, has_labels, num_rows=10, dim=4, is_whitened=False, **settings):
         found = resolve(ReduceConfig(**settings), method, "loss", has_labels, num_rows, dim, is_whitened)
