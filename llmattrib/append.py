@@ -1,8 +1,9 @@
-"""Data that has grown at its end since its features were computed: check that the old rows are as they were.
+"""Data that may have changed since its features were computed: check that the old rows are as they were.
 
 A store keeps hashes of its examples and of their tokens. When it has n rows and there are more examples now, the
 hashes of the first n decide whether the store can be extended; what else changes numbers must agree as ever. The
-texts saved with the run serve only to name the row that was changed or removed.
+texts saved with the run serve only to name the row that was changed or removed. What trains on the data to judge the
+features asks for the same rows, none added.
 """
 
 import dataclasses
@@ -54,6 +55,24 @@ def extend(store: RowStore, manifest: Manifest, encoded: EncodedSet, saved: str)
         counts = {name: manifest.info[name] for name in ("num_truncated", "num_skipped")}
         store.extend(dataclasses.replace(manifest, info={**stored.info, **counts}))
     return num_new
+
+
+def require_data(store: RowStore, encoded: EncodedSet, saved: str) -> None:
+    """Refuse examples that are not those of a store, row by row.
+
+    Args:
+        store: the features.
+        encoded: the examples of now.
+        saved: the file with the texts of the stored examples.
+
+    Raises:
+        FingerprintMismatchError: a row was added, changed, moved or removed; the first that was is named.
+    """
+    stored = store.manifest
+    now = {"num_rows": len(encoded.encoded), "data": content_fingerprint(encoded.examples, encoded.encoded)}
+    keys = differing({"num_rows": stored.num_rows, "data": stored.fingerprint["data"]}, now)
+    if keys:
+        raise FingerprintMismatchError(store.path, keys | _first_changed(stored, encoded.examples, saved))
 
 
 def _first_changed(stored: Manifest, now: Sequence[Example], saved: str) -> dict[str, tuple[Any, Any]]:

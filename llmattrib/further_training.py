@@ -57,9 +57,11 @@ def gold_scores(config: RunConfig) -> tuple[Int[np.ndarray, " m"], Float[np.ndar
 
     Raises:
         StoreNotFoundError, MethodError: no further training was done.
+        FingerprintMismatchError: it is of another model, other data, prompts or settings.
         CorruptShardError: a shard fails its checksum.
+        ConfigError, DataError, ModelError: as `train_further`.
     """
-    rows, lost = _tables(config).read(LEAVE_OUT)
+    rows, lost = _tables(config).read(LEAVE_OUT, lambda: _game(config))
     is_out = ~rows.members.all(axis=1)  # the last shard is filled up with everybody
     left_out = np.argmin(rows.members[is_out], axis=1)
     by_steps = lost[:, is_out].reshape(len(lost), len(left_out), len(config.gold.steps), -1)

@@ -100,10 +100,12 @@ def retrained_seeds(config: RunConfig, design: Design | None = None) -> tuple[Su
 
     Raises:
         StoreNotFoundError: nothing was retrained.
+        FingerprintMismatchError: the sub-models are of other data, prompts or settings.
         MethodError: no subset of this design is trained.
         CorruptShardError: a shard fails its checksum.
+        ConfigError, DataError, ModelError: as `retrain`.
     """
-    return _tables(config).read(design or DESIGNS[config.retraining.design])
+    return _tables(config).read(design or DESIGNS[config.retraining.design], lambda: _game(config))
 
 
 def retrained_rows(config: RunConfig, design: Design | None = None) -> SubsetRows:

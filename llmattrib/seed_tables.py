@@ -4,7 +4,8 @@
 
 All seeds train on the same subsets, drawn from streams of the run's seed, so the mean over seeds is the mean over
 tables. A table is filled shard by shard by any number of ranks; killed jobs go on, more subsets and more seeds are
-added at any time, and what is there is kept. Knows nothing of what is trained.
+added at any time, and what is there is kept. Filling and reading both compare what a table is of with what the run asks
+for now. Knows nothing of what is trained.
 """
 
 import dataclasses
@@ -101,18 +102,26 @@ class SeedTables:
         """Return the subsets planned of a design."""
         return self._tables()[0].num_rows(design)
 
-    def read(self, design: Design) -> tuple[SubsetRows, Float[np.ndarray, "s m u"]]:
+    def read(self, design: Design, game: Callable[[], Game]) -> tuple[SubsetRows, Float[np.ndarray, "s m u"]]:
         """Read the subsets that are trained with every seed.
+
+        Args:
+            design: of the subsets.
+            game: returns what they must be of; called when there are tables.
 
         Returns:
             The subsets, their utilities means over seeds; and the utilities of each seed.
 
         Raises:
             StoreNotFoundError: there are no tables.
+            FingerprintMismatchError: they are of another game.
             MethodError: no subset of this design is trained.
             CorruptShardError: a shard fails its checksum.
         """
-        rows = [table.rows(design) for table in self._tables()]
+        tables, wanted = self._tables(), game()
+        for number, table in enumerate(tables):
+            table.require(wanted.num_players, self.seed, self._identity(wanted, number))
+        rows = [table.rows(design) for table in tables]
         draws = sorted(set.intersection(*(set(part.draw.tolist()) for part in rows)))
         rows = [part.take(np.searchsorted(part.draw, draws)) for part in rows]
         utilities = np.array([part.utilities for part in rows])
@@ -121,6 +130,10 @@ class SeedTables:
     def _paths(self) -> list[str]:
         return [f"{self.folder}/seed{self.seed + number}.zarr" for number in range(self.num_seeds)]
 
+    def _identity(self, game: Game, number: int) -> dict[str, Any]:
+        """Return what the table of a training seed depends on."""
+        return {**game.identity, "training_seed": self.seed + number}
+
     def _tables(self) -> list[SubsetTable]:
         return [SubsetTable.open(path, made_by=self.made_by) for path in self._paths()]
 
@@ -128,7 +141,7 @@ class SeedTables:
         """Make or extend the tables; return the shards to fill of each. First rank only."""
         pending = []
         for number, path in enumerate(self._paths()):
-            identity = {**game.identity, "training_seed": self.seed + number}
+            identity = self._identity(game, number)
             table = SubsetTable.create(path, game.num_players, game.num_utilities, self.seed, identity, self.shard_size)
             table.extend(design, num_subsets)
             pending.append(table.pending())

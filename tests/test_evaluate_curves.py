@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from llmattrib.build import build_features
 from llmattrib.cli import app
-from llmattrib.errors import ConfigError, FingerprintMismatchError, MethodError, StoreError
+from llmattrib.errors import ConfigError, FingerprintMismatchError, StoreError
 from llmattrib.evaluate.curves import Curves, by_class, curves_of_run, cut, cut_sizes, ranked, rankings_of, retrained
 from llmattrib.evaluate.scores import RunScores
 from llmattrib.games.chosen_subsets import ChosenSubsets
@@ -168,9 +168,21 @@ def test_verify_names_the_command_that_fills_the_table_again(run):
     assert finding.rerun == "llmattrib evaluate curves run.yaml"
 
 
-def test_other_examples_than_those_of_the_features_are_refused(run):
-    with pytest.raises(MethodError, match="expected: equal examples"):
-        retrained(run, np.ones((1, 5), bool), range(1))
+def test_other_examples_than_those_of_the_features_are_refused(run, tmp_path):
+    """A file with as many rows, two of them in the other order, or one corrected, or one more."""
+    lines = Path(run.data.train).read_text().splitlines(keepends=True)
+    swapped = [lines[1], lines[0], *lines[2:]]
+    corrected = [*lines[:2], lines[2].replace('"yes"', '"no"'), *lines[3:]]
+    assert corrected != lines
+    for rows, said in (
+        (swapped, r"id of row 0 \(id 'row-0'\): stored 'row-0', now 'row-1'"),
+        (corrected, r"completion of row 2 \(id 'row-2'\): stored 'yes', now 'no'"),
+        ([*lines, lines[0].replace("row-0", "row-8")], "num_rows: stored 8, now 9"),
+    ):
+        (tmp_path / "train.jsonl").write_text("".join(rows))
+        other = changed(run, data={"train": str(tmp_path / "train.jsonl")})
+        with pytest.raises(FingerprintMismatchError, match=said):
+            curves_of_run(RunScores(other))
 
 
 def test_by_the_command_line(run, tmp_path):

@@ -1,5 +1,7 @@
 """One more step: small ones are Grad-Dot at the adapter, the factors come back, errors."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from test_build import changed
 from tiny import tiny_run
 
 from llmattrib.build import build_features
-from llmattrib.errors import MethodError
+from llmattrib.errors import FingerprintMismatchError, MethodError
 from llmattrib.evaluate.scores import RunScores
 from llmattrib.evaluate.tail_patch import log_probability, patch, tail_patch_of_run
 from llmattrib.games.retraining import load_trainable, log_odds
@@ -61,6 +63,14 @@ def test_the_best_is_an_upper_bound_and_gradients_come_near(run):
     assert found["grad_dot"]["change"] == pytest.approx(found["best of these"]["change"], rel=0.05)
     assert found["grad_dot"]["change"] > found["random"]["change"]
     assert all(row["low"] <= row["change"] <= row["high"] and 0 <= row["raised"] <= 1 for row in record.rows)
+
+
+def test_another_order_of_the_examples_is_refused(run, tmp_path):
+    lines = Path(run.data.train).read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[::-1]))
+    other = changed(run, data={"train": str(tmp_path / "train.jsonl")}, model={"adapters": [run.layout.adapter]})
+    with pytest.raises(FingerprintMismatchError, match=r"id of row 0 \(id 'row-0'\): stored 'row-0', now 'row-9'"):
+        tail_patch_of_run(RunScores(other))
 
 
 def test_without_an_adapter_there_is_nothing_to_step_from(run, tmp_path):

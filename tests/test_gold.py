@@ -303,6 +303,15 @@ def test_other_settings_and_a_missing_adapter_are_named(run, tmp_path):
     with pytest.raises(FingerprintMismatchError, match=r"gold\.learning_rate"):
         train_further(changed(run, gold={"learning_rate": 1.0}))
     assert train_further(changed(run, train={"learning_rate": 1.0})) == 0  # of the adapter that is there
+    for gold in ({"steps": [100, 200]}, {"steps": [8]}, {"steps": [1, 4, 16]}, {"learning_rate": 1.0}):
+        other = changed(run, gold=gold)
+        (key,) = (f"game.gold.{name}" for name in gold)
+        with pytest.raises(FingerprintMismatchError) as caught:
+            gold_scores(other)  # not numbers of the stored steps under other names
+        assert key in caught.value.differing
+    with pytest.raises(FingerprintMismatchError, match=r"game\.queries"):
+        gold_scores(changed(run, values={"limit": NUM_QUERIES - 1}))
+    assert gold_scores(changed(run, train={"learning_rate": 1.0}))[1].shape[1] == len(run.gold.steps)
     init = changed(run, tmp_path / "other", features={"linearisation": "init"})
     with pytest.raises(ConfigError, match="the run has 0 adapters"):
         train_further(init)

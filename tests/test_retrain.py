@@ -18,11 +18,17 @@ from llmattrib.cli import app
 from llmattrib.data import load_validation_examples
 from llmattrib.distributed import Ranks
 from llmattrib.errors import ConfigError, FingerprintMismatchError, StoreNotFoundError
+from llmattrib.evaluate.lds import lds_of_run
+from llmattrib.evaluate.leave_one_out import leave_one_out_of_run
+from llmattrib.evaluate.scores import RunScores
+from llmattrib.evaluate.suite import evaluate_all
 from llmattrib.games.retraining import RetrainingGame, load_trainable, log_odds
 from llmattrib.games.subset_table import BANZHAF, LEAVE_OUT, SubsetTable
 from llmattrib.query import Run
+from llmattrib.reduce import reduce_run
 from llmattrib.retrain import retrain, retrained_rows
 from llmattrib.train import encode_without_weights, train_adapter, training_inputs
+from llmattrib.values.stage import compute_values
 
 NUM_ROWS, NUM_QUERIES = 8, 3
 
@@ -138,6 +144,56 @@ def test_other_settings_and_missing_tables_are_named(run):
         retrain(changed(run, train={"learning_rate": 1e-3}))
     with pytest.raises(ConfigError, match=r"values\.data is not set"):
         retrain(changed(run, values={"data": None}))
+
+
+def test_sub_models_of_something_else_judge_nothing(run, tmp_path):
+    """Other prompts, training, seeds of the draws and data: named when the sub-models are read, as when more are."""
+    run = changed(run, reduce={"methods": ["grad_dot"]}, retraining={"design": "attribution"})
+    build_features(run)
+    reduce_run(run)
+    retrain(run)
+    lds_of_run(RunScores(run))
+    lines = Path(run.data.train).read_text().splitlines(keepends=True)
+    (tmp_path / "prompts.jsonl").write_text("".join(lines[5:8]))
+    (tmp_path / "swapped.jsonl").write_text("".join(lines[::-1]))
+    prompts = {"data": str(tmp_path / "prompts.jsonl")}
+    for sections, key in (
+        ({"values": prompts}, "game.queries"),
+        ({"train": {"epochs": 1, "learning_rate": 1.0}}, "game.train.learning_rate"),
+        ({"model": {"lora": {"rank": 2}}}, "game.lora.rank"),
+        ({"data": {"train": str(tmp_path / "swapped.jsonl")}}, "game.data"),
+    ):
+        other = changed(run, **sections)
+        for read in (
+            retrained_rows,
+            lambda config: lds_of_run(RunScores(config)),
+            lambda config: leave_one_out_of_run(RunScores(changed(config, retraining={"design": "leave_out"}))),
+            lambda config: compute_values(
+                changed(config, values={"method": "ame_lasso", "game": "retraining", "num_samples": 4})
+            ),
+        ):
+            with pytest.raises(FingerprintMismatchError) as caught:
+                read(other)
+            assert key in caught.value.differing
+    outcome = evaluate_all(RunScores(changed(run, train={"epochs": 1})), only=["lds"])
+    assert not outcome.records
+    assert "was made with other settings (game.train.epochs: stored 2, now 1)" in outcome.skipped["lds"]
+    moved = Path(run.layout.path("retraining"))
+    moved.joinpath("seed0.zarr").rename(moved / "seed1.zarr")
+    with pytest.raises(FingerprintMismatchError) as caught:
+        retrained_rows(changed(run, seed=1))
+    assert caught.value.differing["seed"] == (0, 1)
+
+
+def test_sub_models_of_new_data_do_not_judge_old_features(run):
+    run = changed(run, reduce={"methods": ["grad_dot"]})
+    build_features(run)
+    reduce_run(run)
+    lines = Path(run.data.train).read_text().splitlines(keepends=True)
+    Path(run.data.train).write_text("".join(lines[::-1]))
+    retrain(run)
+    with pytest.raises(FingerprintMismatchError, match=r"features\.zarr .*id of row 0 \(id 'row-0'\)"):
+        lds_of_run(RunScores(run))
 
 
 def test_two_processes_give_the_bytes_of_one(run, tmp_path):

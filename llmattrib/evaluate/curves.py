@@ -26,7 +26,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from llmattrib.config import RunConfig
-from llmattrib.errors import MethodError
 from llmattrib.evaluate.record import Record, Row, interval
 from llmattrib.evaluate.scores import RunScores
 from llmattrib.games.chosen_subsets import ChosenSubsets
@@ -217,11 +216,11 @@ def curves_of_run(scores: RunScores, progress: Progress = silent) -> Record:
 
     Raises:
         ConfigError: `values.data` is not set.
-        MethodError: the examples of the features are not those that training reads now.
         StoreLockedError: another process trains sub-models of this run.
-        FingerprintMismatchError: sub-models of other data or settings are there.
+        FingerprintMismatchError: the sub-models that are there, or the features, are of other data or settings.
     """
     config, settings = scores.config, scores.config.evaluate
+    _ = scores.training  # what is trained is of the examples of the features, or this raises
     without = ("random", "size")  # a constant ranks nothing
     classes = [example.completion for example in scores.examples] if config.data.label_words else None
     rankings = rankings_of(scores.table(without), classes, settings, config.seed)
@@ -250,16 +249,9 @@ def retrained(
     """Return the log-odds of the validation prompts under sub-models, from the run's table of chosen subsets.
 
     Raises:
-        MethodError: the run's data have another number of examples than `members`.
-        And as `curves_of_run`.
+        As `curves_of_run`.
     """
     examples, queries, identity = game_inputs(config)
-    if len(examples.encoded) != members.shape[1]:
-        raise MethodError(
-            f"the features are of {members.shape[1]:,} examples and data.train now has {len(examples.encoded):,}",
-            expected="equal examples",
-            fix="run `llmattrib build` and reduce again",
-        )
     loaded: list[RetrainingGame] = []
 
     def utility(subset: Bool[np.ndarray, "1 n"], seed: int) -> Float[np.ndarray, "1 q"]:

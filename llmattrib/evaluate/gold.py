@@ -57,10 +57,12 @@ def gold_of_run(scores: RunScores) -> Record:
 
     Raises:
         StoreNotFoundError, MethodError: no further training was done, or the features are of an output that is no loss.
+        FingerprintMismatchError: it, or the features, are of another model, other data, prompts or settings.
         IncompleteStoreError, StaleIndexError: a stage is missing or outdated.
     """
     config, gold = scores.config, scores.config.gold
     left_out, truth = gold_scores(config)
+    _ = scores.training  # what is trained is of the examples of the features, or this raises
     table, notes = scores.table(), list[str]()
     natural: dict[int, Float[np.ndarray, "q n"]] = {}
     if config.features.preconditioner != "none":

@@ -54,10 +54,12 @@ def lds_of_run(scores: RunScores) -> Record:
 
     Raises:
         StoreNotFoundError, IncompleteStoreError, StaleIndexError: a stage is missing or outdated, `retrain` too.
-        MethodError: the sub-models are of other prompts or examples.
+        FingerprintMismatchError: the sub-models or the features are of other data, prompts or settings.
+        MethodError: no subset of the design is trained, or there are fewer than three.
     """
     config = scores.config
     rows, margins = retrained_seeds(config)
+    _ = scores.training  # what is trained is of the examples of the features, or this raises
     found = {name: lds(array, rows, config.seed) for name, array in scores.table().items()}
     ranked = sorted(found.items(), key=lambda item: -item[1].lds)
     size = f"{len(rows.p)} subsets ({rows.design.name}), {config.retraining.num_seeds} seeds each"

@@ -83,10 +83,12 @@ def leave_one_out_of_run(scores: RunScores) -> Record:
 
     Raises:
         StoreNotFoundError: nothing was retrained.
-        MethodError: no example was left out, or examples differ.
+        FingerprintMismatchError: the sub-models or the features are of other data, prompts or settings.
+        MethodError: no example was left out.
     """
     config = scores.config
     rows, worth = retrained_seeds(config, LEAVE_OUT)
+    _ = scores.training  # what is trained is of the examples of the features, or this raises
     found = {
         name: leave_one_out(array, rows, config.seed, config.evaluate.num_resamples)
         for name, array in scores.table(without=("size",)).items()

@@ -24,10 +24,11 @@ import torch
 from jaxtyping import Bool, Float
 from sklearn.feature_extraction.text import CountVectorizer
 
+from llmattrib.append import require_data
 from llmattrib.config import RunConfig
 from llmattrib.coordinates import Transform
-from llmattrib.data import Example, load_validation_examples
-from llmattrib.encoding import Encoded, collate, length_batches
+from llmattrib.data import Example, load_examples, load_validation_examples
+from llmattrib.encoding import Encoded, EncodedSet, collate, length_batches
 from llmattrib.errors import MethodError
 from llmattrib.evaluate.retrieval import WORD, have_words, tfidf_scores
 from llmattrib.extraction import batch_memory, encode_examples
@@ -40,6 +41,7 @@ from llmattrib.scorers.spectral import Spectral, relative_rate
 from llmattrib.sections import Method, ReduceConfig
 from llmattrib.settings import resolve
 from llmattrib.store import RowStore
+from llmattrib.train import encode_without_weights
 from llmattrib.values.validation import Validation, load_validation
 from llmattrib.words import METHOD as WORDS
 
@@ -187,6 +189,18 @@ class RunScores:
     def features(self) -> RowStore:
         """The features of the training examples."""
         return RowStore.open(self.config.layout.features)
+
+    @cached_property
+    def training(self) -> EncodedSet:
+        """The training examples as training reads them now, tokenised: those of the features, row by row.
+
+        Raises:
+            FingerprintMismatchError: they are others; what is trained now cannot judge these features.
+            DataError, ModelError: they cannot be used.
+        """
+        found = encode_without_weights(self.config, load_examples(self.config.data))
+        require_data(self.features, found, self.config.layout.examples)
+        return found
 
     @property
     def methods(self) -> tuple[Method, ...]:

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 
 from llmattrib.config import RunConfig
+from llmattrib.data import load_validation_examples
 from llmattrib.encoding import Encoded, collate
 from llmattrib.errors import MethodError
 from llmattrib.evaluate.record import Record, Row, bootstrap_mean
@@ -30,7 +31,7 @@ from llmattrib.finetune import FineTuning
 from llmattrib.forward import completion_logits
 from llmattrib.games.retraining import load_trainable, log_odds
 from llmattrib.progress import Progress, silent
-from llmattrib.retrain import game_inputs
+from llmattrib.train import encode_without_weights
 
 BEST = "best of these"
 
@@ -80,6 +81,7 @@ def tail_patch_of_run(scores: RunScores, progress: Progress = silent) -> Record:
 
     Raises:
         MethodError: the run has no adapter, or several.
+        FingerprintMismatchError: the features are of other examples than training reads now.
     """
     config, settings = scores.config, scores.config.evaluate
     adapters = run_adapters(config)
@@ -89,7 +91,8 @@ def tail_patch_of_run(scores: RunScores, progress: Progress = silent) -> Record:
             expected="one, to step from",
             fix="run `llmattrib train`, or name one in model.adapters",
         )
-    examples, queries, _ = game_inputs(config)
+    examples = scores.training
+    queries = encode_without_weights(config, load_validation_examples(config.data, config.values))
     tops = {name: top_rows(array, settings.tail_patch_top) for name, array in scores.table(("size",)).items()}
     tuning = load_trainable(config, adapters[0])
     start = log_probability(log_odds(config, tuning.loaded, queries.encoded))

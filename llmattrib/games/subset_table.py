@@ -11,6 +11,7 @@ Source: docs/methods.md section 7; Lin et al. 2022 (AME); Wang and Jia 2022 (Ban
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from llmattrib.errors import MethodError
+from llmattrib.errors import FingerprintMismatchError, MethodError
+from llmattrib.manifest import differing
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
 from llmattrib.table import TableManifest, TableStore
@@ -199,8 +201,7 @@ class SubsetTable:
             "draw": ("int64", ()),
             "utilities": ("float64", (num_utilities,)),
         }
-        fingerprint = {"num_players": num_players, "seed": seed, "game": game}
-        return cls(TableStore.create(path, TableManifest(columns, shard_size, fingerprint)))
+        return cls(TableStore.create(path, TableManifest(columns, shard_size, _fingerprint(num_players, seed, game))))
 
     @classmethod
     def open(cls, path: str, *, made_by: str = "SubsetTable.create", read_only: bool = True) -> "SubsetTable":
@@ -210,6 +211,16 @@ class SubsetTable:
             StoreNotFoundError: there is none.
         """
         return cls(TableStore.open(path, made_by=made_by, read_only=read_only))
+
+    def require(self, num_players: int, seed: int, game: Mapping[str, Any]) -> None:
+        """Refuse a table of another game than the one that is to be read; arguments as for `create`.
+
+        Raises:
+            FingerprintMismatchError: it is; names the keys that differ.
+        """
+        keys = differing(self._table.manifest.fingerprint, _fingerprint(num_players, seed, game))
+        if keys:
+            raise FingerprintMismatchError(self._table.path, keys)
 
     @property
     def designs(self) -> list[Design]:
@@ -309,6 +320,11 @@ class SubsetTable:
         return SubsetRows(
             design, self.seed, members, columns["p"][chosen], columns["draw"][chosen], columns["utilities"][chosen]
         )
+
+
+def _fingerprint(num_players: int, seed: int, game: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides the numbers of a table, as it is stored."""
+    return dict(json.loads(json.dumps({"num_players": num_players, "seed": seed, "game": game})))
 
 
 def pack(members: Bool[np.ndarray, "m n"]) -> UInt8[np.ndarray, "m b"]:
