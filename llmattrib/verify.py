@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from llmattrib import storage
 from llmattrib.commits import Problem
 from llmattrib.config import RunConfig
-from llmattrib.data import data_fingerprint, read_examples
+from llmattrib.data import MAX_CELL, data_fingerprint, read_examples
 from llmattrib.errors import DataError, StoreAccessError, StoreError, StoreNotFoundError
 from llmattrib.extraction import settings_fingerprint
 from llmattrib.index import verify_index
@@ -399,6 +399,7 @@ class _Checks:
             manifest = json.loads(storage.read_bytes(files[2]))
             method = manifest["method"]
             table = pq.read_table(io.BytesIO(storage.read_bytes(files[1])))
+            csv.field_size_limit(MAX_CELL)
             texts = list(csv.DictReader(io.StringIO(storage.read_bytes(files[0]).decode())))
             values = table["value"].to_numpy()
             if [float(text["value"]) for text in texts] != values.tolist() or len(values) != manifest["num_examples"]:
@@ -407,7 +408,7 @@ class _Checks:
                 what = f"the value of row {int(np.argmin(np.isfinite(values)))} is not finite"
             elif features is not None and manifest["fingerprint"].get("features", features) != features:
                 what = OUTDATED
-        except (ValueError, OSError, KeyError, TypeError, pa.ArrowException) as error:
+        except (ValueError, OSError, KeyError, TypeError, csv.Error, pa.ArrowException) as error:
             what = f"is missing a file or cannot be read ({error})"
         if what:
             extra = [] if method == self.config.values.method else [f"values.method={method}"]

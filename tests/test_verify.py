@@ -1,5 +1,6 @@
 """`llmattrib verify`: a sound run has no findings; every kind of damage has one that names it and its command."""
 
+import csv
 import json
 import os
 import shutil
@@ -230,6 +231,18 @@ def test_an_index_of_other_vectors_is_found(run, kind):
         "index/shapley.faiss",
         "holds other vectors than the representers, from row 0 on",
     )
+
+
+def test_values_beside_long_texts_are_sound_and_broken_csv_is_found(run):
+    file = Path(run.run_dir, "values/shapley.csv")
+    text = file.read_text()
+    file.write_text(text.removesuffix("\n") + "x" * 200_000 + "\n")
+    csv.field_size_limit(131_072)  # Python's own, as in a process that has read no CSV before
+    assert verify(run) == []
+    file.write_text(text.replace("\n", "\rx\n", 1))
+    (found,) = verify(run)
+    assert found.place == "values/shapley.csv"
+    assert "cannot be read (new-line character seen in unquoted field" in found.what
 
 
 def test_an_index_without_representers(run):
