@@ -37,7 +37,7 @@ from llmattrib.manifest import differing
 from llmattrib.methods import canonical
 from llmattrib.preconditioner import load_curvature
 from llmattrib.progress import Progress, silent
-from llmattrib.reader import FeatureReader, check_made_from
+from llmattrib.reader import FeatureReader, stored_representers
 from llmattrib.rerank import ExactScorer, Pool, check_rerank, resorted
 from llmattrib.scorers.tracin_we import WordSketch
 from llmattrib.sections import Method
@@ -59,24 +59,6 @@ def in_slots(rows: Float[np.ndarray, "q c p"], slots: Int[np.ndarray, " q"]) -> 
 def answered_slots(labels: Int[np.ndarray, " q"], output: str) -> Int[np.ndarray, " q"]:
     """Return the output each query is about: its class for features of `logits`, the only one otherwise."""
     return labels if output == "logits" else np.zeros_like(labels)
-
-
-def current_representers(config: RunConfig, method: Method, features: RowStore) -> RowStore:
-    """Open the representers of a method.
-
-    Args:
-        config: the run.
-        method: which.
-        features: what they are to be made from: gradient features, of `tracin_we` word gradients.
-
-    Raises:
-        StoreNotFoundError, IncompleteStoreError: they are missing or not finished.
-        StaleIndexError: they were made from other features.
-    """
-    store = RowStore.open(config.layout.representers(method), made_by="llmattrib reduce")
-    store.require_complete("llmattrib reduce")
-    check_made_from(store, features)
-    return store
 
 
 @dataclass(frozen=True)
@@ -327,7 +309,7 @@ class Run:
                     f"there is no training example {name!r}",
                     expected=f"an id of {self.config.layout.examples}, such as {self.examples[0].id!r}",
                 )
-        store = current_representers(self.config, "shapley", self._features)
+        store = stored_representers(self.config, "shapley", self._features)
         examples = self.answers(queries)
         encoded = [self._encode(example) for example in examples]
         slots = answered_slots(np.array([item.label for item in encoded], np.int64), self.config.features.output)
@@ -396,7 +378,7 @@ class Run:
     def _attribution(self, method: Method) -> _Attribution:
         if method not in self._attributions:
             index = open_index(self.config, method)
-            store = current_representers(self.config, method, self.source(method))
+            store = stored_representers(self.config, method, self.source(method))
             total = store.read_vector("total").reshape(-1)
             sketch = WordSketch(**store.manifest.info["word_sketch"]) if method == WORDS else None
             self._attributions[method] = _Attribution(index, Transform.of(store), total, sketch)

@@ -3,7 +3,9 @@
 Memory: statistics and row spaces are kept for later methods; `features` and `game` hold the rows in float64.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any
 
@@ -11,9 +13,11 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import expit
 
+from llmattrib.config import RunConfig
 from llmattrib.distributed import Ranks
 from llmattrib.errors import MethodError, StaleIndexError
 from llmattrib.games.kernel import LOO_GRID, FeatureRows, KernelGame
+from llmattrib.manifest import differing
 from llmattrib.scorers.datainf import ColumnBlock
 from llmattrib.scorers.gradient import absolute_ridge, unit_rows
 from llmattrib.sections import Method, ReduceConfig
@@ -194,6 +198,53 @@ def check_made_from(representers: RowStore, features: RowStore) -> None:
             expected="representers and an index of the present features",
             fix="run `llmattrib reduce` and `llmattrib index` again",
         )
+
+
+def stored_representers(config: RunConfig, method: Method, features: RowStore) -> RowStore:
+    """Open the representers of a method, whatever settings of `reduce` they were made with.
+
+    Args:
+        config: the run.
+        method: which.
+        features: what they are to be made from: gradient features, of `tracin_we` word gradients.
+
+    Raises:
+        StoreNotFoundError, IncompleteStoreError: they are missing or not finished.
+        StaleIndexError: they were made from other features.
+    """
+    store = RowStore.open(config.layout.representers(method), made_by="llmattrib reduce")
+    store.require_complete("llmattrib reduce")
+    check_made_from(store, features)
+    return store
+
+
+def current_representers(config: RunConfig, method: Method, features: RowStore) -> RowStore:
+    """Open the representers of a method of gradient features, made with the settings that the config has now.
+
+    Args:
+        config: the run.
+        method: which.
+        features: what they are to be made from.
+
+    Raises:
+        StoreNotFoundError, IncompleteStoreError: they are missing or not finished.
+        StaleIndexError: they were made from other features, or with other settings of `reduce`.
+        MethodError: the method cannot use these features with the settings of the config.
+    """
+    store = stored_representers(config, method, features)
+    wanted = FeatureReader(features).resolve(config.reduce, method)
+    if store.manifest.fingerprint["settings"] != wanted.digest():
+        info = store.manifest.info
+        stored = {**info, "ridge": "loo" if info["loo_curve"] else info["ridge"]}
+        now = json.loads(json.dumps(asdict(wanted)))
+        keys = differing({name: stored.get(name) for name in now}, now)
+        old, new = (", ".join(f"{name}={pair[side]}" for name, pair in keys.items()) for side in (0, 1))
+        raise StaleIndexError(
+            f"{store.path} was made with reduce settings {old}",
+            expected=f"{new}, as the config says",
+            fix="run `llmattrib reduce` and `llmattrib index` again, or restore the settings",
+        )
+    return store
 
 
 def choose_ridge(

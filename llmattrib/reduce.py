@@ -161,7 +161,7 @@ def _jobs(
 
     def find() -> list[Any]:
         data = store.digest()
-        prints = [{"features": data, "settings": digest(dataclasses.asdict(item))} for item in settings]
+        prints = [{"features": data, "settings": item.digest()} for item in settings]
         for number, item in enumerate(settings):
             if words is not None and item.method == WORDS:
                 sketch = dataclasses.asdict(_word_sketch(config, words))

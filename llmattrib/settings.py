@@ -6,9 +6,10 @@ class and play one game per class with one-hot minus 1/c. What `auto` means and 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from llmattrib.config import digest
 from llmattrib.errors import MethodError
 from llmattrib.estimators.mean_field import LARGE
 from llmattrib.methods import MethodName
@@ -41,6 +42,10 @@ class Settings:
     certificate_draws: int | None
     iterations: int | None
     ensemble: Literal["members"] | None
+
+    def digest(self) -> str:
+        """Return the hash that representers of these settings are known by."""
+        return digest(asdict(self))
 
     @classmethod
     def stored(cls, info: Mapping[str, Any]) -> "Settings":

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from llmattrib.build import build_features
 from llmattrib.cli import app
-from llmattrib.errors import ConfigError, MissingFieldError
+from llmattrib.errors import ConfigError, MissingFieldError, StaleIndexError
 from llmattrib.evaluate.planted import planted_of_run, ranks_of, recall_row, teaching_examples
 from llmattrib.evaluate.retrieval import recall, top_rows
 from llmattrib.evaluate.scores import RunScores
@@ -61,6 +61,15 @@ def test_a_prompt_that_is_an_example_is_taught_by_it(run, tmp_path):
     done = CliRunner().invoke(app, ["evaluate", "planted", str(config_file(run, tmp_path)), "--json"])
     assert done.exit_code == 0, done.output
     assert [json.loads(line) for line in done.stdout.splitlines()] == list(record.rows)
+
+
+def test_representers_of_other_reduce_settings_are_not_judged(run):
+    scores = RunScores(changed(run, reduce={"ridge": 0.2}))
+    with pytest.raises(
+        StaleIndexError, match=r"influence\.zarr was made with reduce settings ridge=0\.1\n.*ridge=0\.2"
+    ):
+        planted_of_run(scores)
+    assert scores.of("grad_cos").shape == (5, 12)  # which has no ridge
 
 
 def test_columns_that_name_nothing_are_refused(run):

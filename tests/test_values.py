@@ -505,6 +505,29 @@ def test_settings_of_other_features_and_old_representers_are_refused(finished: M
         compute_values(config)
 
 
+@pytest.mark.parametrize(
+    ("flavour", "settings", "message"),
+    [
+        (
+            "loss",
+            {"ridge": 0.2},
+            r"shapley\.zarr was made with reduce settings ridge=0\.1\n.*ridge=0\.2, as the config",
+        ),
+        ("margin", {"ridge": 0.2}, r"reduce settings ridge=loo\n.*ridge=0\.2, as.*\n.*run `llmattrib reduce`"),
+        (
+            "margin",
+            {"center": True, "dtype": "float16"},
+            r"settings center=False, dtype=float32\n.*center=True, dtype=f",
+        ),
+    ],
+)
+def test_representers_of_other_reduce_settings_are_refused(
+    finished: Made, flavour: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(StaleIndexError, match=message):
+        compute_values(changed(finished(flavour), reduce=settings))
+
+
 def test_one_process_at_a_time(finished: Made) -> None:
     config = finished("loss")
     with locked(config.layout.path("values")), pytest.raises(StoreLockedError, match="is being written by"):

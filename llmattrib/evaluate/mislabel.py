@@ -38,8 +38,8 @@ from llmattrib.evaluate.record import Record, Row
 from llmattrib.evaluate.retrieval import have_words, tfidf
 from llmattrib.evaluate.scores import RunScores
 from llmattrib.games.kernel import KernelGame
-from llmattrib.query import answered_slots, current_representers, in_slots
-from llmattrib.reader import FeatureReader, choose_ridge
+from llmattrib.query import answered_slots, in_slots
+from llmattrib.reader import FeatureReader, choose_ridge, current_representers
 from llmattrib.rng import stream
 from llmattrib.sections import Method
 from llmattrib.values.estimates import is_label_free, label_free

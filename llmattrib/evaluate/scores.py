@@ -33,8 +33,8 @@ from llmattrib.errors import MethodError
 from llmattrib.evaluate.retrieval import WORD, have_words, tfidf_scores
 from llmattrib.extraction import batch_memory, encode_examples
 from llmattrib.progress import Progress, silent
-from llmattrib.query import Run, answered_slots, current_representers, in_slots
-from llmattrib.reader import FeatureReader
+from llmattrib.query import Run, answered_slots, in_slots
+from llmattrib.reader import FeatureReader, current_representers
 from llmattrib.rng import stream
 from llmattrib.scorers.gradient import unit_rows
 from llmattrib.scorers.spectral import Spectral, relative_rate

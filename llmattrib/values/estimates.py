@@ -31,8 +31,7 @@ from llmattrib.index import nearest_rows
 from llmattrib.memory import require_memory
 from llmattrib.methods import MethodName
 from llmattrib.progress import Progress
-from llmattrib.query import current_representers
-from llmattrib.reader import FeatureReader
+from llmattrib.reader import FeatureReader, current_representers
 from llmattrib.retrain import retrained_rows
 from llmattrib.scorers.gradient import unit_rows
 from llmattrib.sections import ValuesConfig
@@ -105,7 +104,7 @@ def from_representers(
     """Multiply stored representers with the mean query; certify the signs of a semivalue by unbiased draws.
 
     Raises:
-        StoreNotFoundError, IncompleteStoreError, StaleIndexError: representers are missing or of other features.
+        StoreNotFoundError, IncompleteStoreError, StaleIndexError: representers are missing or outdated.
         MethodError: the draws do not fit the memory.
     """
     values = config.values

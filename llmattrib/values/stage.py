@@ -22,8 +22,8 @@ from llmattrib.estimators.moments import SIGNS
 from llmattrib.lock import locked
 from llmattrib.methods import MethodName
 from llmattrib.progress import Progress, silent
-from llmattrib.query import Run, current_representers
-from llmattrib.reader import FeatureReader
+from llmattrib.query import Run
+from llmattrib.reader import FeatureReader, current_representers
 from llmattrib.retrain import retrained_rows
 from llmattrib.store import RowStore
 from llmattrib.train import training_inputs
