@@ -73,7 +73,7 @@ class LoadedModel:
 
     Args:
         model: the PEFT model.
-        tokenizer: of the adapter's folder when it brings one, else of the base.
+        tokenizer: of the adapters' folders when they bring one, else of the base.
         device: where passes run, and the parameters are.
         layers: the LoRA layers, in the order of the model.
         adapter_names: PEFT names, in the order the folders were given.
@@ -210,7 +210,7 @@ def load_model(
         DeviceMemoryError: the model does not fit on the device.
     """
     names = ["default"] if len(adapters) < 2 else [f"adapter{number}" for number in range(len(adapters))]
-    paths = [Path(adapter).expanduser() for adapter in adapters]
+    paths = [Path(adapter) for adapter in adapters]
     base, tokenizer, context, fingerprint = _open_base(config, dtype or config.dtype, device, paths, sharding)
     model = _given(base, paths, names) if paths else _fresh(base, config, seed=0)
     loaded = _loaded(model, tokenizer, names, context)
@@ -239,7 +239,7 @@ def prepare_trainable(
     Raises:
         ModelError, ConfigError: as `load_model`.
     """
-    paths = [] if adapter is None else [Path(adapter).expanduser()]
+    paths = [] if adapter is None else [Path(adapter)]
     base, tokenizer, context, fingerprint = _open_base(config, dtype, device, paths)
     model = _given(base, paths, ["default"]) if paths else _fresh(base, config, seed)
     loaded = _loaded(model, tokenizer, ["default"], context)
@@ -294,7 +294,8 @@ def _open_base(
     base_print = weights_fingerprint(folder)
     for path in adapters:
         check_adapter(path, config.name, base_print)
-    tokenizer = load_tokenizer(folder, adapters, trust_remote_code=config.trust_remote_code)
+    own = adapters or [*map(Path, config.adapters)]  # sub-models train fresh factors, by the run's tokenizer
+    tokenizer = load_tokenizer(folder, own, trust_remote_code=config.trust_remote_code)
     context = context_length(folder, tokenizer, trust_remote_code=config.trust_remote_code)
     base = load_base(config, folder, dtype, resolve_device(device or config.device), sharding)
     check_tokenizer(tokenizer, int(base.get_input_embeddings().num_embeddings))

@@ -60,7 +60,7 @@ class ModelConfig(Section):
 
     name: str
     revision: str | None = None
-    adapters: tuple[str, ...] = ()
+    adapters: tuple[Place, ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     quantization: Literal["4bit", "8bit"] | None = None

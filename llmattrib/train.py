@@ -148,14 +148,14 @@ def _of_seed(progress: Progress, number: int, config: RunConfig) -> Progress:
 
 
 def encode_without_weights(config: RunConfig, examples: Sequence[Example]) -> EncodedSet:
-    """Tokenise examples as training does; only the tokenizer and the config of the model are read.
+    """Tokenise examples as training and `build` do; only the tokenizer and the config of the model are read.
 
     Raises:
         DataError, ModelError: the examples or the model cannot be used.
     """
     model = config.model
     folder = resolve_base(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(folder, [*map(Path, model.adapters)], trust_remote_code=model.trust_remote_code)
     context = context_length(folder, tokenizer, trust_remote_code=model.trust_remote_code)
     return encode_all(examples, tokenizer, config.data, context)
 
@@ -168,7 +168,7 @@ def training_inputs(config: RunConfig) -> tuple[EncodedSet, dict[str, Any]]:
     """
     model = config.model
     folder = resolve_base(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(folder, [*map(Path, model.adapters)], trust_remote_code=model.trust_remote_code)
     encoded = encode_without_weights(config, load_examples(config.data))
     return encoded, {
         "base_model": weights_fingerprint(folder),

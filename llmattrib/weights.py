@@ -148,15 +148,17 @@ def load_architecture(name: str, *, revision: str | None = None, trust_remote_co
     return loaded
 
 
-def load_tokenizer_alone(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a base model whose weights need not be here; see `load_architecture`.
+def load_tokenizer_alone(
+    name: str, adapters: Sequence[Path] = (), *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load what `load_tokenizer` does for a base model whose weights need not be here; see `load_architecture`.
 
     Raises:
-        ModelNotFoundError: there is none.
+        ModelNotFoundError, TokenizerMismatchError: as `load_tokenizer`.
     """
     path = _local_path(name)
-    if path.is_dir():
-        return load_tokenizer(path, trust_remote_code=trust_remote_code)
+    if path.is_dir() or _bringing_tokenizers(adapters):
+        return load_tokenizer(path, adapters, trust_remote_code=trust_remote_code)
     place = path.parent if path.suffix == ".gguf" else name
     try:
         with quiet_loading():
@@ -234,7 +236,7 @@ def load_tokenizer(
         ModelNotFoundError: it cannot be loaded.
         TokenizerMismatchError: two adapters bring different ones.
     """
-    sources = [path for path in adapters if (path / "tokenizer_config.json").is_file()] or [folder]
+    sources = _bringing_tokenizers(adapters) or [folder]
     tokenizers: list[PreTrainedTokenizerBase] = []
     for source in sources:
         try:
@@ -254,6 +256,10 @@ def load_tokenizer(
             fix="use them in separate runs",
         )
     return tokenizers[0]
+
+
+def _bringing_tokenizers(adapters: Sequence[Path]) -> list[Path]:
+    return [path for path in adapters if (path / "tokenizer_config.json").is_file()]
 
 
 def context_length(folder: Path, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False) -> int:

@@ -116,8 +116,9 @@ def test_several_inits_of_a_trained_adapter_are_refused(tmp_path: Path) -> None:
 def test_the_home_folder_is_meant_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, MINIMAL | {"run_dir": "~/runs/x", "data": {"train": "~/d.jsonl"}})
-    config = load_config("~/config.yaml")
+    config = load_config("~/config.yaml", ["model.adapters=[~/lora]"])
     assert (config.run_dir, config.data.train) == (f"{tmp_path}/runs/x", f"{tmp_path}/d.jsonl")
+    assert config.model.adapters == (f"{tmp_path}/lora",)
 
 
 def test_all_wrong_keys_are_named_at_once() -> None:

@@ -9,7 +9,7 @@ import pytest
 from test_build import changed, contents
 from test_distributed import launch
 from test_resume import config_file
-from tiny import tiny_run
+from tiny import tiny_adapter_dir, tiny_run, tiny_tokenizer
 from typer.testing import CliRunner
 
 from llmattrib.adapters import ADAPTER_WEIGHTS
@@ -22,8 +22,10 @@ from llmattrib.evaluate.lds import lds_of_run
 from llmattrib.evaluate.leave_one_out import leave_one_out_of_run
 from llmattrib.evaluate.scores import RunScores
 from llmattrib.evaluate.suite import evaluate_all
+from llmattrib.extraction import encode_examples, load_extractor
 from llmattrib.games.retraining import RetrainingGame, load_trainable, log_odds
 from llmattrib.games.subset_table import BANZHAF, LEAVE_OUT, SubsetTable
+from llmattrib.plan.run import plan_run
 from llmattrib.query import Run
 from llmattrib.reduce import reduce_run
 from llmattrib.retrain import retrain, retrained_rows
@@ -134,6 +136,18 @@ def test_a_warm_start_begins_at_the_adapter(run):
     at_adapter = log_odds(run, trained.loaded, queries.encoded)
     np.testing.assert_allclose(retrained_rows(still).utilities, np.tile(at_adapter, (4, 1)), atol=1e-5)
     assert Path(run.layout.adapter, ADAPTER_WEIGHTS).is_file()
+
+
+def test_sub_models_have_the_tokenizer_that_the_adapter_of_the_run_brings(run, tmp_path):
+    adapter = tiny_adapter_dir(tmp_path, run.model.name)
+    tiny_tokenizer(chat_template=False).save_pretrained(adapter)
+    run = changed(run, model={"adapters": [adapter]})
+    examples, identity = training_inputs(run)
+    extractor = load_extractor(run)
+    assert examples.encoded == encode_examples(run, extractor, examples.examples).encoded
+    assert identity["chat_template"] == "none" == extractor.loaded.fingerprint["chat_template"]
+    assert load_trainable(run).loaded.tokenizer.chat_template is None
+    assert plan_run(run).tokens.num_tokens == sum(map(len, examples.encoded))
 
 
 def test_other_settings_and_missing_tables_are_named(run):

@@ -180,7 +180,7 @@ def _adapter(config: RunConfig, notes: list[str]) -> tuple[Path | None, int]:
         names = run_adapters(config)
     except ModelNotFoundError:  # `train` will make it
         names = []
-    here = [Path(name).expanduser() for name in names if (Path(name).expanduser() / "adapter_config.json").is_file()]
+    here = [path for path in map(Path, names) if (path / "adapter_config.json").is_file()]
     if names and not here:
         notes.append(f"{names[0]} is not here: LoRA has the shape of model.lora")
     if not names and config.features.linearisation == "trained":
@@ -212,7 +212,10 @@ def _encoded(config: RunConfig, shape: ModelShape) -> list[Encoded] | None:
     if is_here:
         try:
             tokenizer = load_tokenizer_alone(
-                model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+                model.name,
+                [*map(Path, model.adapters)],
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
             )
         except ModelNotFoundError:
             if plan.tokens_per_example is None:
