@@ -5,7 +5,7 @@ last part of the base's name is compared, so a model that moved between hub and 
 factor is compared with the base's layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,26 @@ def check_shapes(paths: Sequence[Path], base: Any) -> None:
                 f"{path} and {paths[0]} differ in layers or ranks, first at {odd}",
                 expected="the same layers and ranks in adapters that are used together",
                 fix="use them in separate runs",
+            )
+
+
+def check_tensors(path: Path, wanted: Set[str]) -> None:
+    """Check that an adapter holds the factors of the layers that its config puts LoRA on, all and no others.
+
+    Args:
+        path: the PEFT folder.
+        wanted: their names, as PEFT writes them.
+
+    Raises:
+        AdapterMismatchError: some are missing, which PEFT would leave as drawn, or too many, which it would leave out.
+    """
+    found = _adapter_shapes(path).keys()
+    for what, odd in (("lacks", wanted - found), ("holds beyond its config", found - wanted)):
+        if odd:
+            raise AdapterMismatchError(
+                f"{path / ADAPTER_WEIGHTS} {what} {len(odd)} tensors, such as {', '.join(sorted(odd)[:3])}",
+                expected=f"the {len(wanted)} factors of the layers that adapter_config.json puts LoRA on",
+                fix="save the adapter again, or correct target_modules and layers_to_transform in adapter_config.json",
             )
 
 

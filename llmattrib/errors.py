@@ -9,7 +9,7 @@
     │   └── LabelWordError          a label word that is not one token, or a completion that is no label word
     ├── ModelError
     │   ├── ModelNotFoundError      base model or adapter cannot be found or loaded
-    │   ├── AdapterMismatchError    the adapter was made for another base model
+    │   ├── AdapterMismatchError    the adapter does not fit the base model, or not its own config
     │   ├── UnsupportedAdapterError not a plain LoRA adapter (DoRA, prompt tuning, ...)
     │   └── TokenizerMismatchError  tokenizer and model disagree
     ├── FeatureError
@@ -96,7 +96,7 @@ class ModelNotFoundError(ModelError):
 
 
 class AdapterMismatchError(ModelError):
-    """The adapter was made for another base model."""
+    """The adapter was made for another base model, or does not fit it, or not its own config."""
 
 
 class UnsupportedAdapterError(ModelError):

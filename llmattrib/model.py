@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from llmattrib.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, check_adapter, check_shapes, linear_modules
+from llmattrib.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, check_adapter, check_shapes, check_tensors, linear_modules
 from llmattrib.config import digest
 from llmattrib.device import resolve_device
 from llmattrib.distributed import Sharding
@@ -203,7 +203,8 @@ def load_model(
 
     Raises:
         ModelNotFoundError: base or adapter is missing or unreadable.
-        AdapterMismatchError: an adapter was made for another base, or adapters differ in layers or shapes.
+        AdapterMismatchError: an adapter was made for another base, has other layers than its config says, or adapters
+            differ in layers or shapes.
         UnsupportedAdapterError: an adapter is not plain LoRA.
         TokenizerMismatchError: the tokenizer has tokens the model has no embedding for.
         ConfigError: `config.lora` does not fit the model.
@@ -312,6 +313,9 @@ def _given(base: Any, paths: Sequence[Path], names: Sequence[str]) -> peft.PeftM
         model = peft.PeftModel.from_pretrained(base, paths[0], adapter_name=names[0])
         for name, path in zip(names[1:], paths[1:], strict=True):
             model.load_adapter(path, adapter_name=name)
+    for name, path in zip(names, paths, strict=True):
+        layers = [n for n, m in model.named_modules() if isinstance(m, PeftLoraLayer) and name in m.lora_A]
+        check_tensors(path, {f"{layer}.{factor}.weight" for layer in layers for factor in ("lora_A", "lora_B")})
     return model
 
 
@@ -437,6 +441,7 @@ def _peft_quiet() -> Iterator[None]:
     """Ignore PEFT's notices that say nothing to a user of this package."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)  # are an error
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
         with quiet_loading():

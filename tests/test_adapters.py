@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from llmattrib.adapters import RECORD, check_adapter, check_shapes
+from llmattrib.adapters import ADAPTER_WEIGHTS, RECORD, check_adapter, check_shapes
 from llmattrib.errors import AdapterMismatchError, ModelNotFoundError, UnsupportedAdapterError
 from llmattrib.model import load_model
 from llmattrib.sections import ModelConfig
@@ -113,6 +114,19 @@ def test_an_adapter_of_other_shapes(tmp_path: Path, folders: tuple[str, str]) ->
         AdapterMismatchError, match=r"up_proj\.lora_A.* of shape \(4, 64\), .*a layer of 63 inputs and 128 outputs"
     ):
         check_shapes([adapter], wide)
+
+
+def test_tensors_are_those_of_the_layers_in_the_config(tmp_path: Path, folders: tuple[str, str]) -> None:
+    base, adapter = folders
+    path = edited(tmp_path, adapter, target_modules=["q_proj"])
+    with pytest.raises(AdapterMismatchError, match=r"holds beyond its config 24 tensors, such as .*down_proj\.lora_A\.weight"):
+        load_model(ModelConfig(name=base, device="cpu"), adapters=[str(path)])
+    path = edited(tmp_path / "b", adapter)
+    tensors = load_file(path / ADAPTER_WEIGHTS)
+    lost = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    save_file({key: tensor for key, tensor in tensors.items() if key != lost}, path / ADAPTER_WEIGHTS)
+    with pytest.raises(AdapterMismatchError, match=rf"(?s)lacks 1 tensors, such as {lost}.*expected: the 28 factors"):
+        load_model(ModelConfig(name=base, device="cpu"), adapters=[str(path)])
 
 
 @pytest.mark.parametrize("lora", [{"rank": 2}, {"target_modules": ["q_proj"]}, {"rank_pattern": {"q_proj": 3}}])
