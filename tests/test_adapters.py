@@ -119,7 +119,7 @@ def test_an_adapter_of_other_shapes(tmp_path: Path, folders: tuple[str, str]) ->
 def test_tensors_are_those_of_the_layers_in_the_config(tmp_path: Path, folders: tuple[str, str]) -> None:
     base, adapter = folders
     path = edited(tmp_path, adapter, target_modules=["q_proj"])
-    with pytest.raises(AdapterMismatchError, match=r"holds beyond its config 24 tensors, such as .*down_proj\.lora_A\.weight"):
+    with pytest.raises(AdapterMismatchError, match=r"holds beyond its config 24 tensors, such as .*down_proj"):
         load_model(ModelConfig(name=base, device="cpu"), adapters=[str(path)])
     path = edited(tmp_path / "b", adapter)
     tensors = load_file(path / ADAPTER_WEIGHTS)
