@@ -14,8 +14,8 @@ import math
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
-import google_crc32c
 import numpy as np
+from fastcrc.crc32 import iscsi as crc32c
 from jaxtyping import UInt8
 
 _CRC_BYTES = 4
@@ -56,11 +56,6 @@ class ShardLayout:
     @property
     def _chunk_bytes(self) -> int:
         return self._rows * math.prod(self.shape) * self.dtype.itemsize
-
-    def is_fill(self, rows: np.ndarray) -> bool:
-        """Say whether a row was never written: its first number is `fill`."""
-        first = rows.reshape(len(rows), -1)[:, 0]
-        return bool((np.isnan(first) if isinstance(self.fill, float) else first == self.fill).any())
 
     def encode(self, rows: np.ndarray) -> list[np.ndarray]:
         """Return the parts of the file that holds `rows`, at most a shard of them, in the array's dtype."""
@@ -130,12 +125,12 @@ def _bytes(array: np.ndarray) -> UInt8[np.ndarray, " b"]:
 
 
 def _crc(data: np.ndarray) -> UInt8[np.ndarray, " 4"]:
-    return np.array([google_crc32c.value(data)], "<u4").view(np.uint8)
+    return np.array([crc32c(data)], "<u4").view(np.uint8)
 
 
 def _checked(data: np.ndarray, size: int, what: str) -> UInt8[np.ndarray, " b"]:
     if len(data) != size:
         raise ValueError(f"{what} is cut off")
-    if google_crc32c.value(data[:-_CRC_BYTES]) != int(data[-_CRC_BYTES:].view("<u4")[0]):
+    if crc32c(data[:-_CRC_BYTES]) != int(data[-_CRC_BYTES:].view("<u4")[0]):
         raise ValueError(f"{what} fails its crc32c")
     return data[:-_CRC_BYTES]

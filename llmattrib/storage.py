@@ -240,10 +240,9 @@ class LocalBytes:
         first, last, _ = where.indices(self._size)
         data = np.empty(max(last - first, 0), np.uint8)
         with named_errors(self._path):
-            self._file.seek(self._start + first)
             count, more = 0, 1
             while count < len(data) and more:
-                more = self._file.readinto(data[count:].data) or 0
+                more = os.preadv(self._file.fileno(), [data[count:]], self._start + first + count)
                 count += more
         return data[:count]
 

@@ -262,10 +262,7 @@ class RowStore:
         source = storage.open_bytes(self._file(name, shard), *span) if data is None else contextlib.nullcontext(data)
         try:
             with source as content:
-                for part in layout.decode(content, start - begin, stop - begin, is_file):
-                    if layout.is_fill(part):
-                        raise self._corrupt(shard, f"has no data on disk ({name})")
-                    yield part
+                yield from layout.decode(content, start - begin, stop - begin, is_file)
         except storage.ABSENT as error:
             raise self._corrupt(shard, f"has no data on disk ({name})") from error
         except ValueError as error:
