@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -238,20 +239,11 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 place = f"{path} line {number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{place} is not JSON: {error}", expected="one JSON object a line") from error
-                yield place, _mapping(row, place)
+                yield place, _mapping(parse_json(line, place, "one JSON object a line"), place)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} line {error.lineno} is not JSON: {error.msg}", expected="an array of objects"
-        ) from error
+    rows = parse_json(path.read_text(encoding="utf-8-sig"), str(path), "an array of objects")
     if not isinstance(rows, list):
         raise DataError(f"{path} holds a {type(rows).__name__}", expected="an array of objects")
     for number, row in enumerate(rows, start=1):
@@ -264,6 +256,14 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         csv.field_size_limit(MAX_CELL)
         reader = csv.DictReader(file, strict=True)
         try:
+            names = [name for name in reader.fieldnames or () if name]
+            twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+            if twice:
+                raise DataError(
+                    f"{path} line 1 names the column {twice[0]!r} {names.count(twice[0])} times",
+                    expected="different names",
+                    fix="rename or remove the column that is not meant",
+                )
             for row in reader:
                 place = f"{path} line {reader.line_num}"
                 if None in row:
@@ -279,7 +279,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         rows = pq.read_table(path).to_pylist()
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is not a Parquet file: {error}", fix="check data.train") from error
+        raise DataError(f"{path} is not a Parquet file that can be read: {error}", fix="check data.train") from error
     for number, row in enumerate(rows, start=1):
         yield f"{path} row {number}", row
 
@@ -309,6 +309,18 @@ def _hub_rows(config: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield f"{config.train} row {number}", row
 
 
+def parse_json(text: str, place: str, expected: str) -> Any:
+    """Read JSON.
+
+    Raises:
+        DataError: it is none, or it is nested deeper or has longer numbers than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is not JSON that can be read: {error}", expected=expected) from error
+
+
 def _mapping(row: object, place: str) -> Mapping[str, Any]:
     if not isinstance(row, dict):
         raise MissingFieldError(f"{place} is a {type(row).__name__}", expected="a JSON object with named fields")
@@ -317,7 +329,7 @@ def _mapping(row: object, place: str) -> Mapping[str, Any]:
 
 def _example(index: int, place: str, row: Mapping[str, Any], config: DataConfig) -> Example:
     if config.messages is not None:
-        turns = _messages(row, config.messages, place)
+        turns = read_messages(row, config.messages, place)
         if turns[-1]["role"] != "assistant" or len(turns) < 2:
             raise MissingFieldError(
                 f"{place}: {config.messages!r} has the roles {[turn['role'] for turn in turns]}",
@@ -337,6 +349,7 @@ def _example(index: int, place: str, row: Mapping[str, Any], config: DataConfig)
     identifier = _field(row, config.id, place)
     if not isinstance(identifier, str | int) or not str(identifier).strip():
         raise MissingFieldError(f"{place}: {config.id!r} is {identifier!r}", expected="text or a whole number")
+    check_text(place, str(identifier))
     return Example(index, str(identifier), prompt, completion)
 
 
@@ -353,7 +366,7 @@ def check_text(place: str, *texts: str) -> None:
             raise DataError(
                 f"{place} holds {text[error.start]!a}, half of a character, after {text[: error.start][-20:]!r}",
                 expected="whole Unicode characters",
-                fix="correct the row; text that was cut inside an emoji is the usual cause",
+                fix="correct it; text that was cut inside an emoji is the usual cause",
             ) from error
 
 
@@ -398,25 +411,33 @@ def _field(row: Mapping[str, Any], name: str, place: str) -> Any:
 
 def _prompt(row: Mapping[str, Any], name: str, place: str) -> tuple[Message, ...]:
     value = _field(row, name, place)
-    return user_message(value) if isinstance(value, str) else _messages(row, name, place)
+    return user_message(value) if isinstance(value, str) else read_messages(row, name, place)
 
 
 def _completion(row: Mapping[str, Any], name: str, place: str) -> str:
     value = _field(row, name, place)
     if isinstance(value, list) and len(value) == 1:  # the conversational form: one assistant turn
-        return _messages(row, name, place)[0]["content"]
+        return read_messages(row, name, place)[0]["content"]
     if not isinstance(value, str):
         raise MissingFieldError(f"{place}: {name!r} is a {type(value).__name__}", expected="text", fix="quote it")
     return value
 
 
-def _messages(row: Mapping[str, Any], name: str, place: str) -> tuple[Message, ...]:
+def read_messages(row: Mapping[str, Any], name: str, place: str) -> tuple[Message, ...]:
+    """Return the chat turns of a row.
+
+    Args:
+        row: of a file.
+        name: of the field.
+        place: to name in the error.
+
+    Raises:
+        MissingFieldError: there is no such field, or it holds none.
+    """
     value = _field(row, name, place)
     if isinstance(value, str):  # CSV cells hold messages as JSON
-        try:
+        with suppress(ValueError, RecursionError):
             value = json.loads(value)
-        except json.JSONDecodeError:
-            value = None
     if not isinstance(value, list) or not value:
         raise MissingFieldError(f"{place}: {name!r} holds no messages", expected="a list of {role, content}")
     turns = []

@@ -133,12 +133,21 @@ def test_rows_beyond_the_limit_are_not_read(tmp_path: Path) -> None:
         ("a.json", "[]", EmptyDatasetError, "a.json has no rows"),
         ("a.csv", "prompt,completion\n", EmptyDatasetError, "a.csv has no rows"),
         ("a.jsonl", '{"prompt": "p", "completion": "c"}\n\n{"prompt": "p"', DataError, "a.jsonl line 3 is not JSON"),
+        ("a.jsonl", "[" * 100_000, DataError, "a.jsonl line 1 is not JSON that can be read: maximum recursion depth"),
+        ("a.json", "[" * 100_000, DataError, "a.json is not JSON that can be read: maximum recursion depth"),
+        ("a.jsonl", '{"n": ' + "9" * 5000 + "}", DataError, "a.jsonl line 1 is not JSON that can be read: Exceeds"),
         ("a.jsonl", "[1]\n", MissingFieldError, "a.jsonl line 1 is a list"),
-        ("a.json", '[{"a": 1},\n{]', DataError, "a.json line 2 is not JSON"),
+        ("a.json", '[{"a": 1},\n{]', DataError, "a.json is not JSON that can be read: .* line 2"),
         ("a.json", '{"a": 1}', DataError, "a.json holds a dict"),
         ("a.json", "[1]", MissingFieldError, "a.json item 1 is a int"),
         ("a.csv", "prompt,completion\na,b\na,b,c\n", DataError, "a.csv line 3 has more cells"),
         ("a.csv", 'prompt,completion\n"a"x,b\n', DataError, "a.csv line 2 is not CSV"),
+        (
+            "a.csv",
+            "prompt,completion,,,prompt\na,b,,,c\n",
+            DataError,
+            "a.csv line 1 names the column 'prompt' 2 times",
+        ),
         ("a.csv", "prompt,completion\na\n", MissingFieldError, "a.csv line 2: the field 'completion' is null"),
         ("a.csv", 'prompt,completion\n"a\nb",c\nd,\n', MissingFieldError, "a.csv line 4 has an empty completion"),
         ("a.parquet", "PAR", DataError, "a.parquet is not a Parquet file"),
@@ -216,6 +225,7 @@ def test_text_in_another_encoding(tmp_path: Path) -> None:
         (CHAT[1:], r"has the roles \['assistant'\]"),
         ("not json", "holds no messages"),
         ([], "holds no messages"),
+        ("[" * 100_000, "holds no messages"),
     ],
 )
 def test_unusable_messages(tmp_path: Path, turns: object, message: str) -> None:
@@ -230,6 +240,9 @@ def test_ids_must_be_unique_and_text(tmp_path: Path) -> None:
         load_examples(DataConfig(train=path, id="id"))
     path = write(tmp_path / "b.jsonl", [ROWS[0] | {"id": [1]}])
     with pytest.raises(MissingFieldError, match=r"'id' is \[1\]"):
+        load_examples(DataConfig(train=path, id="id"))
+    path = write(tmp_path / "b.jsonl", [ROWS[0] | {"id": "so sad \ud83d"}])
+    with pytest.raises(DataError, match=r"line 1 holds '\\ud83d', half of a character, after 'so sad '"):
         load_examples(DataConfig(train=path, id="id"))
     path = write(tmp_path / "c.jsonl", [ROWS[0] | {"id": 7}])
     assert load_examples(DataConfig(train=path, id="id"))[0].id == "7"
