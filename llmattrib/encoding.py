@@ -9,7 +9,8 @@ clock itself still does, and `encoded_fingerprint` shows it. Tool calls and imag
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -121,6 +122,15 @@ def render_prompt(
     return "\n".join(turn["content"] for turn in turns), True
 
 
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Say in errors about a text which text it is."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(f"{name}: {error.found}", expected=error.expected, fix=error.fix) from error
+
+
 def encode_prompt(prompt: Sequence[Message], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[int]:
     """Tokenise what `render_prompt` returns.
 
@@ -200,13 +210,17 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, config: DataCon
     excess = len(prefix) + len(completion) - limit
     if excess > 0:
         if config.overlong != "truncate":
-            raise _overlong([example], [len(prefix) + len(completion)], limit)
+            raise OverlongExampleError(
+                f"{example.id!r} has {len(prefix) + len(completion)} tokens, prompt and completion together",
+                expected=f"at most {limit} tokens",
+                fix="shorten it, or set data.overlong to truncate, which cuts its prompt from the left",
+            )
         keep = 1 if prefix[0] == tokenizer.bos_token_id else 0
         if len(prefix) - excess <= keep:
             raise OverlongExampleError(
                 f"the completion of example {example.id!r} alone has {len(completion)} tokens",
                 expected=f"at most {limit - 1 - keep}, so that some of the prompt stays in {limit}",
-                fix="shorten it, raise data.max_length, or set data.overlong to skip",
+                fix="shorten it, raise data.max_length, or (of training examples) set data.overlong to skip",
             )
         prefix = prefix[:keep] + prefix[keep + excess :]
     return Encoded((*prefix, *completion), len(prefix), label)
@@ -326,7 +340,8 @@ def _parts(
     example: Example, tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> tuple[list[int], list[int], int]:
     """Return prompt tokens, completion tokens and label."""
-    prefix = encode_prompt(example.prompt, tokenizer, config)
+    with naming(repr(example.id)):
+        prefix = encode_prompt(example.prompt, tokenizer, config)
     if not config.label_words:
         completion = _ids(tokenizer, example.completion)
         if example.is_whole or not completion:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmattrib.data import Example, Message, check_text, user_message
+from llmattrib.data import Example, Message, check_text, parse_json, read_messages, user_message
 from llmattrib.errors import EmptyDatasetError, MissingFieldError
 from llmattrib.sections import DataConfig
 from llmattrib.storage import atomic_write
@@ -21,7 +21,7 @@ class Query:
 
     Attributes:
         prompt: the chat turns before the answer.
-        completion: the answer; the model generates one when it is None.
+        completion: the answer; the model generates one when it is None. Of an empty one the end of turn is traced.
         id: a name of the caller's.
     """
 
@@ -34,9 +34,9 @@ class Query:
         """Make a query of a plain prompt or of chat turns."""
         return cls(user_message(prompt) if isinstance(prompt, str) else tuple(prompt), completion)
 
-    def answered(self, completion: str, is_whole: bool = True) -> Example:
-        """Return the query with `completion`, cut off unless `is_whole`, as an example to encode."""
-        return Example(0, self.id or "query", self.prompt, completion, is_whole)
+    def answered(self, completion: str, is_whole: bool = True, name: str = "query") -> Example:
+        """Return the query with `completion`, cut off unless `is_whole`, as an example to encode, `name` its id."""
+        return Example(0, name, self.prompt, completion, is_whole)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def read_queries(path: str | Path, config: DataConfig) -> list[Query]:
 
     Args:
         path: rows have `prompt` (text or chat turns), optionally `completion` and `id`; or the names that the
-            config's data section gives these fields.
+            config's data section gives these fields, which go first. Of chat `messages` (its `data.messages`) a last
+            assistant turn is the completion.
         config: the run's data section.
 
     Raises:
@@ -136,7 +137,7 @@ def read_queries(path: str | Path, config: DataConfig) -> list[Query]:
         MissingFieldError, DataError: a row is not usable; names the line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise EmptyDatasetError(
             f"{path} cannot be read ({error})", expected="a JSON Lines file of prompts", fix="check --prompts"
@@ -152,38 +153,55 @@ def write_hits(hits: Sequence[Hits], path: str | Path) -> None:
     atomic_write(str(path), "".join(item.to_json() + "\n" for item in hits).encode())
 
 
+def check_queries(queries: Sequence[Query]) -> list[str]:
+    """Check the texts of queries.
+
+    Returns:
+        What errors call each: `query` and its id, or its number from 1 where it has none.
+
+    Raises:
+        MissingFieldError: a prompt is empty.
+        DataError: a text holds half of a character.
+    """
+    names = [f"query {query.id or number}" for number, query in enumerate(queries, start=1)]
+    for name, query in zip(names, queries, strict=True):
+        _check(name, query)
+    return names
+
+
+def _check(place: str, query: Query) -> None:
+    if not any(turn["content"].strip() for turn in query.prompt):
+        raise MissingFieldError(f"{place} has an empty prompt", expected="some text")
+    parts = (part for turn in query.prompt for part in (turn["role"], turn["content"]))
+    check_text(place, query.id, query.completion or "", *parts)
+
+
 def _query(place: str, line: str, config: DataConfig) -> Query:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise MissingFieldError(f"{place} is not JSON: {error}", expected='{"prompt": "...", ...}') from error
+    row = parse_json(line, place, '{"prompt": "...", ...}')
     if not isinstance(row, dict):
         raise MissingFieldError(f"{place} is a {type(row).__name__}", expected='{"prompt": "...", ...}')
-    prompt = _field(row, "prompt", config.prompt)
-    completion = _field(row, "completion", config.completion)
-    identifier = _field(row, "id", config.id or "id")
-    if not (isinstance(completion, str) or completion is None):
-        raise MissingFieldError(f"{place}: the completion is {completion!r}", expected="text, or none to generate it")
-    if isinstance(prompt, str) and prompt.strip():
-        prompt = user_message(prompt)
-    elif not _is_chat(prompt):
+    names = dict.fromkeys((*filter(None, [config.messages]), config.prompt, "prompt"))
+    name = next((name for name in names if row.get(name) is not None), None)
+    if name is None:
         raise MissingFieldError(
-            f"{place}: the prompt is {prompt!r} (fields: {', '.join(row) or 'none'})",
-            expected="a field `prompt` with text or a list of {role, content}",
+            f"{place} has no prompt (fields: {', '.join(row) or 'none'})",
+            expected=f"text or a list of {{role, content}} in a field {' or '.join(names)}",
             fix="correct the line",
         )
-    check_text(place, completion or "", *(part for turn in prompt for part in turn.values()))
-    return Query(tuple(prompt), completion, "" if identifier is None else str(identifier))
+    is_chat = name == config.messages
+    prompt = user_message(row[name]) if isinstance(row[name], str) and not is_chat else read_messages(row, name, place)
+    completion = _field(row, config.completion, "completion")
+    identifier = _field(row, config.id or "id", "id")
+    if is_chat and prompt[-1]["role"] == "assistant":
+        prompt, completion = prompt[:-1], prompt[-1]["content"]
+    if completion is not None and not (isinstance(completion, str) and completion.strip()):
+        raise MissingFieldError(
+            f"{place}: the completion is {completion!r}", expected="some text, or none to have the model generate it"
+        )
+    query = Query(prompt, completion, "" if identifier is None else str(identifier))
+    _check(place, query)
+    return query
 
 
 def _field(row: Mapping[str, Any], *names: str) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
-
-
-def _is_chat(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(turn, dict) and {"role", "content"} == set(turn) for turn in value)
-        and all(isinstance(part, str) for turn in value for part in turn.values())
-    )

@@ -1,8 +1,7 @@
 """Queries against slow, plain computations: values, shares, totals, answers, classes, exact reranking, refusals."""
 
-import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,22 +19,21 @@ from llmattrib.data import Example, user_message
 from llmattrib.encoding import encode, encode_prompt
 from llmattrib.errors import (
     ConfigError,
-    EmptyDatasetError,
+    DataError,
     FingerprintMismatchError,
     LabelWordError,
     MethodError,
-    MissingFieldError,
     OverlongExampleError,
     StaleIndexError,
     StoreNotFoundError,
 )
 from llmattrib.extraction import encode_examples, load_extractor
 from llmattrib.features.sketch import Sketch, SketchPlan
-from llmattrib.hits import Hit, Hits, Query, read_queries, write_hits
+from llmattrib.hits import Hit, Hits, Query
 from llmattrib.index import build_index
 from llmattrib.query import Run
 from llmattrib.reduce import reduce_run
-from llmattrib.sections import METHODS, DataConfig
+from llmattrib.sections import METHODS
 from llmattrib.store import RowStore
 from llmattrib.train import train_adapter
 
@@ -392,59 +390,27 @@ def test_a_run_can_be_moved(finished: Callable[[str], RunConfig], tmp_path: Path
 
 def test_prompt_longer_than_the_context(finished: Callable[[str], RunConfig]) -> None:
     run = Run.open(finished("init").run_dir)
-    with pytest.raises(OverlongExampleError, match="longer than 128 tokens"):
-        run.query(PROMPT * 50, COMPLETION)
-    with pytest.raises(OverlongExampleError, match="5 are to be generated"):
-        run.query(PROMPT * 50)
+    asked = [Query.of(PROMPT), Query.of(PROMPT * 40), Query.of(PROMPT * 50)]
+    with pytest.raises(OverlongExampleError, match=r"(?s)'query 2' has \d+ tokens.*at most 128.*to fix: shorten it"):
+        run.query_many([replace(query, completion=COMPLETION) for query in asked])
+    with pytest.raises(OverlongExampleError, match=r"query 3: a prompt has \d+ tokens and 5 are to be generated"):
+        run.query_many(asked)
+    with pytest.raises(OverlongExampleError, match=r"query long: a prompt has \d+ tokens"):
+        run.query_many([asked[0], replace(asked[1], id="long")])
 
 
-def test_queries_from_a_file(tmp_path: Path) -> None:
-    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u\u2028v"}]
-    rows = [{"prompt": "a"}, {"question": "b", "answer": "c", "id": 3}, {"prompt": chat, "completion": ""}]
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
-    config = DataConfig(train="x", prompt="question", completion="answer")
-    assert read_queries(path, config) == [
-        Query.of("a"),
-        Query(user_message("b"), "c", "3"),
-        Query.of(chat, ""),  # type: ignore[arg-type]
-    ]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", r"line 2 is not JSON"),
-        ("[]", r"line 2 is a list"),
-        ('{"text": "x"}', r"line 2: the prompt is None \(fields: text\)"),
-        ('{"prompt": " "}', r"line 2: the prompt is ' '"),
-        ('{"prompt": [{"role": "user"}]}', r"line 2: the prompt is \[\{'role': 'user'\}\]"),
-        ('{"prompt": [{"role": "user", "content": 1}]}', r"line 2: the prompt is"),
-        ('{"prompt": "x", "completion": 3}', r"line 2: the completion is 3"),
-    ],
-)
-def test_unusable_query_names_its_line(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n' + line + "\n")
-    with pytest.raises(MissingFieldError, match=message):
-        read_queries(path, DataConfig(train="x"))
-
-
-def test_file_of_queries_that_is_absent_or_empty(tmp_path: Path) -> None:
-    with pytest.raises(EmptyDatasetError, match=r"absent\.jsonl cannot be read"):
-        read_queries(tmp_path / "absent.jsonl", DataConfig(train="x"))
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(EmptyDatasetError, match=r"empty\.jsonl has no rows"):
-        read_queries(tmp_path / "empty.jsonl", DataConfig(train="x"))
-
-
-def test_hits_round_trip_through_json(tmp_path: Path) -> None:
-    hit = Hit(1, 4, "é", "p\n", "c", 0.5, 0.25)
-    hits = Hits("p", "c", False, False, "trak", (hit,), (), 0.5, 9, True, False, "a")
-    write_hits([hits, hits], tmp_path / "new" / "hits.jsonl")
-    lines: Sequence[str] = (tmp_path / "new" / "hits.jsonl").read_text(encoding="utf-8").splitlines()
-    for line in lines:
-        tree = json.loads(line)
-        helpful = tuple(Hit(**row) for row in tree.pop("helpful"))
-        assert Hits(**{**tree, "helpful": helpful, "harmful": tuple(tree["harmful"])}) == hits
-    assert len(lines) == 2
+def test_texts_that_no_tokenizer_takes_are_named(finished: Callable[[str], RunConfig]) -> None:
+    run = Run.open(finished("init").run_dir)
+    with pytest.raises(DataError, match=r"query 2 holds '\\ud83d', half of a character, after 'so sad '"):
+        run.query_many([Query.of(PROMPT), Query.of("so sad \ud83d")])
+    with pytest.raises(DataError, match=r"query 1 holds '\\ud83d'"):
+        run.query(PROMPT, "\ud83d")
+    refuse = "{{ raise_exception('no turns of a bard') if messages[0]['role'] == 'bard' }}"
+    tokenizer = run.extractor.loaded.tokenizer
+    kept, tokenizer.chat_template = tokenizer.chat_template, refuse + tokenizer.chat_template
+    bard = Query.of([{"role": "bard", "content": PROMPT}])
+    with pytest.raises(DataError, match=r"query 2: the chat template rejects the roles \['bard'\]: no turns of"):
+        run.query_many([Query.of(PROMPT), bard])
+    with pytest.raises(DataError, match=r"'query 1': the chat template rejects the roles \['bard'\]"):
+        run.query_many([replace(bard, completion=COMPLETION)])
+    tokenizer.chat_template = kept

@@ -91,7 +91,7 @@ def test_the_page_shows_hits_and_escapes_every_text(client: TestClient, run: Run
     ("body", "status", "found"),
     [
         ({"prompt": PROMPT, "method": "trak"}, 400, "method 'trak' is not one of this run's"),
-        ({"prompt": PROMPT * 50, "completion": "green"}, 400, "longer than 128 tokens"),
+        ({"prompt": PROMPT * 50, "completion": "green"}, 400, "tokens, prompt and completion together"),
         ({"prompt": ""}, 400, "prompt"),
         ({"prompt": PROMPT, "top": 1001}, 400, "top: Input should be less than or equal to 1000"),
         ({"prompt": PROMPT, "extra": 1}, 400, "extra: Extra inputs are not permitted"),
