@@ -341,6 +341,39 @@ def remove_partial(folder: str) -> None:
                 Path(entry.path).unlink(missing_ok=True)
 
 
+def check_writable(path: str) -> None:
+    """Check before long work that a file can be written where `path` lies; nothing is made or changed.
+
+    Of an object store only that its protocol is known.
+
+    Raises:
+        StoreAccessError: it cannot.
+    """
+    with named_errors(path):
+        target = local_path(path)
+        if target is None:
+            remote(path)
+            return
+        folder = _nearest(target.parent)
+        reason = 0
+        if target.exists() and not target.is_file():  # a device would be replaced by the file
+            reason = errno.EISDIR if target.is_dir() else errno.EEXIST
+        elif not folder.is_dir():
+            reason = errno.ENOTDIR
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            reason = errno.EACCES
+        if reason:
+            raise OSError(reason, os.strerror(reason))
+
+
+def _nearest(target: Path) -> Path:
+    """Return the path, or the nearest one above it that exists."""
+    place = target.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
+
+
 SMALLER_ROWS = "free space, set run_dir on a larger disk, or make rows smaller (features.sketch.dim, dtype)"
 
 
@@ -358,10 +391,7 @@ def require_space(path: str, num_bytes: int, fix: str = SMALLER_ROWS) -> None:
     target = local_path(path)
     if target is None:
         return
-    folder = target.absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(_nearest(target)).free
     if num_bytes > free:
         raise DiskSpaceError(
             f"{path} needs {num_bytes / 1e9:,.2f} GB more and {free / 1e9:,.2f} GB are free",

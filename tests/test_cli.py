@@ -218,6 +218,28 @@ def test_query_of_a_file_of_prompts(done: tuple[str, RunConfig, Any], tmp_path: 
         (name, method) for name in ("a", "7", "") for method in ("shapley", "trak")
     ]
     assert [row["generated"] for row in written] == [False] * 4 + [True] * 2
+    kept = output.read_bytes()
+    output.unlink()
+    assert llmattrib("query", path, *options, "--json").stdout == "", "not one object for each prompt and method"
+    assert output.read_bytes() == kept
+
+
+def test_output_that_cannot_be_written_is_found_before_the_work(
+    done: tuple[str, RunConfig, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("began")
+
+    monkeypatch.setattr("llmattrib.query.Run.query_many", work)
+    asked = ("query", done[0], "-p", "x", "--output")
+    (tmp_path / "file").write_text("")
+    for place, why in ((tmp_path, "Is a directory"), (tmp_path / "file" / "a" / "b", "Not a directory")):
+        assert f"{place} could not be read or written ({why})" in fails(*asked, str(place))
+    assert "/dev/null could not be read or written (File exists)" in fails(*asked, "/dev/null")
+    assert "nowhere://a/b cannot be reached" in fails(*asked, "nowhere://a/b")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "(Permission denied)" in fails(*asked, str(tmp_path / "new" / "hits.jsonl"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_rerank(done: tuple[str, RunConfig, Any]) -> None:
@@ -285,6 +307,9 @@ def test_missing_field_names_file_and_line(tmp_path: Path) -> None:
         ((), "what to ask is not clear"),
         (("-p", "x", "--prompts", "f"), "what to ask is not clear"),
         (("--prompts", "f", "-c", "x"), "what to ask is not clear"),
+        (("-p", "x", "-c", " "), "--completion is empty expected: some text to fix: leave it out"),
+        (("-p", " "), "query 1 has an empty prompt"),
+        (("-p", "so \udcf0"), r"query 1 holds '\\udcf0', half of a character"),
         (("--prompts", "absent.jsonl"), r"absent\.jsonl cannot be read"),
         (("-p", "x", "-m", "shapely"), r"method 'shapely' is not one of this run's expected: one of shapley"),
         (("-p", "x", "--rerank", "20"), "shapley cannot be reranked"),
