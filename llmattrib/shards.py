@@ -125,12 +125,12 @@ def _bytes(array: np.ndarray) -> UInt8[np.ndarray, " b"]:
 
 
 def _crc(data: np.ndarray) -> UInt8[np.ndarray, " 4"]:
-    return np.array([crc32c(data)], "<u4").view(np.uint8)
+    return np.array([crc32c(data.data)], "<u4").view(np.uint8)
 
 
 def _checked(data: np.ndarray, size: int, what: str) -> UInt8[np.ndarray, " b"]:
     if len(data) != size:
         raise ValueError(f"{what} is cut off")
-    if crc32c(data[:-_CRC_BYTES]) != int(data[-_CRC_BYTES:].view("<u4")[0]):
+    if crc32c(data[:-_CRC_BYTES].data) != int(data[-_CRC_BYTES:].view("<u4")[0]):
         raise ValueError(f"{what} fails its crc32c")
     return data[:-_CRC_BYTES]

@@ -242,7 +242,7 @@ class LocalBytes:
         with named_errors(self._path):
             count, more = 0, 1
             while count < len(data) and more:
-                more = os.preadv(self._file.fileno(), [data[count:]], self._start + first + count)
+                more = os.preadv(self._file.fileno(), [data[count:].data], self._start + first + count)
                 count += more
         return data[:count]
 
