@@ -35,6 +35,7 @@ from llmattrib.build import build_features
 from llmattrib.config import RunConfig, load_config
 from llmattrib.evaluate.lds import Lds, lds, reachable, seed_agreement
 from llmattrib.evaluate.scores import BASELINES, baseline_scores, method_scores
+from llmattrib.games.subset_table import SubsetRows
 from llmattrib.query import Run
 from llmattrib.reduce import reduce_run
 from llmattrib.train import train_adapter
@@ -112,12 +113,13 @@ def name_of(method: str, point: str, count: int) -> str:
     return f"{method}, {point if point in ('early', 'both') else several}"
 
 
-def ceiling(margins: np.ndarray) -> dict[str, float]:
-    """Return how well seeds agree, and what can be reached; nothing of one seed."""
-    if len(margins) < 2:
-        return {}
-    one = seed_agreement(margins)
-    return {"one_seed": round(one, 4), "ceiling": round(reachable(one, len(margins)), 4)}
+def truth_of(rows: SubsetRows, margins: np.ndarray) -> dict[str, Any]:
+    """Return what the truth holds; of several seeds also how well they agree, and what can be reached."""
+    found = {"seeds": len(margins), "subsets": len(rows.p), "queries": margins.shape[2]}
+    if len(margins) > 1:
+        one = seed_agreement(margins)
+        found |= {"one_seed": round(one, 4), "ceiling": round(reachable(one, len(margins)), 4)}
+    return found
 
 
 def merge(task: str, found: dict[str, Any], methods: dict[str, Any]) -> None:
@@ -178,7 +180,7 @@ def main() -> None:
     options = parser.parse_args()
     for task in options.tasks:
         rows, margins = load(task)
-        found = {"seeds": len(margins), "subsets": len(rows.p), "queries": margins.shape[2], **ceiling(margins)}
+        found = truth_of(rows, margins)
         for point in options.points:
             for count in POINTS[point] if task in TINY else POINTS[point][:1]:
                 methods = {}

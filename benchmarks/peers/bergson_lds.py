@@ -43,7 +43,7 @@ from bergson.config.config import (
 )
 from bergson.data import load_scores
 
-from benchmarks.lds import POINTS, ceiling, figures, merge, name_of, variant, write_docs
+from benchmarks.lds import POINTS, figures, merge, name_of, truth_of, variant, write_docs
 from benchmarks.peers.bergson_build import dataset
 from benchmarks.truth.margins import TINY, load
 from llmattrib.config import RunConfig
@@ -163,7 +163,7 @@ def main() -> None:
     options = parser.parse_args()
     for task in options.tasks:
         rows, margins = load(task)
-        found = {"seeds": len(margins), "subsets": len(rows.p), "queries": margins.shape[2], **ceiling(margins)}
+        found = truth_of(rows, margins)
         for point in options.points:
             work = Work(variant(task, point, 1))
             methods: dict[str, Any] = {}
