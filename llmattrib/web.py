@@ -19,7 +19,7 @@ import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -108,9 +108,9 @@ class _Gate:
     def check_origin(self, request: Request) -> None:
         """Without a token only this machine's own pages and programs may ask."""
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        if self._token is None and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if self._token is None and not is_loopback(_parsed(f"//{host}").hostname or ""):
             raise Refused(403, f"the request is for host {host!r}", "open the address that the server printed")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _parsed(origin).netloc != host:
             raise Refused(403, f"the request comes from a page of {origin}")
 
     def check_token(self, given: str) -> None:
@@ -182,6 +182,13 @@ def make_app(run: Run, token: str | None = None) -> FastAPI:
         return HTMLResponse(render(methods, sent, token is not None, hits), headers=HEADERS)
 
     return app
+
+
+def _parsed(address: str) -> SplitResult:
+    try:
+        return urlsplit(address)
+    except ValueError as error:  # such as half a bracket
+        raise Refused(400, f"the address {address!r} of a header is not understood ({error})") from error
 
 
 def _tree(error: LlmattribError) -> dict[str, dict[str, str]]:

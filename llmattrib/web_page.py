@@ -65,7 +65,7 @@ def render(
 
 
 def _answer(hits: Hits) -> str:
-    made = "generated" if hits.generated else "given"
+    made = "generated, cut off" if hits.is_cut else "generated" if hits.generated else "given"
     return (
         f"<h2>Answer, {made}</h2><p>{escape(hits.completion)}</p>"
         f"<p>{escape(hits.method)}: all {hits.num_examples:,} examples together {hits.total:+.4g}</p>"

@@ -70,6 +70,13 @@ def test_answers_are_those_of_a_query(client: TestClient, run: Run) -> None:
     )
 
 
+def test_the_page_says_where_the_answer_is_from(client: TestClient, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "<h2>Answer, given</h2>" in client.post("/", data={"prompt": PROMPT, "completion": COMPLETION}).text
+    for tokens, source in (([5, 6], "generated"), ([5] * 48, "generated, cut off")):
+        monkeypatch.setattr(run.extractor.loaded, "generate", lambda *_, tokens=tokens: [tokens])
+        assert f"<h2>Answer, {source}</h2>" in client.post("/", data={"prompt": PROMPT}).text
+
+
 def test_the_page_shows_hits_and_escapes_every_text(client: TestClient, run: Run) -> None:
     assert "<form" in client.get("/").text
     form = {"prompt": EVIL, "completion": "</textarea><i>", "method": "grad_cos", "top": "8"}
@@ -163,6 +170,10 @@ def test_other_sites_and_names_are_refused(client: TestClient) -> None:
     for host in ("localhost:8000", "[::1]:8000"):
         assert client.get("/", headers={"host": host}).status_code == 200
     assert client.post("/query", json=body, headers={"origin": LOCAL}).status_code == 200
+    for name, wrong in (("host", "[::1"), ("host", "127.0.0.1]"), ("origin", "http://[::1")):
+        answer = client.post("/query", json=body, headers={name: wrong})
+        assert (answer.status_code, "is not understood" in answer.json()["error"]["found"]) == (400, True)
+        assert client.post("/", data=body, headers={name: wrong}).status_code == 400
 
 
 def test_a_token_is_needed_where_one_is_set(run: Run) -> None:
