@@ -5,6 +5,7 @@ overrides; unknown keys are errors. Paths are taken relative to the working dire
 about torch, models or stores.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -156,11 +157,35 @@ def validate_config(tree: Mapping[str, Any], source: str = "config") -> RunConfi
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         rows = [
-            f"{'.'.join(str(part) for part in item['loc']) or 'config'}: {item['msg']}"
+            f"{'.'.join(str(part) for part in item['loc']) or 'config'}: {_complaint(item)}"
             + ("" if isinstance(item["input"], Mapping) else f" (found {item['input']!r})")
             for item in error.errors()
         ]
         raise ConfigError(f"{source} is not accepted: " + "; ".join(rows), fix="correct the named keys") from error
+
+
+_PLAIN = {
+    "missing": "is missing",
+    "model_type": "is no section; write its settings below it, or leave it out",
+    "tuple_type": "is no list; write [a, b]",
+}
+"""Types of pydantic's errors -> what is said instead where its own words are of Python."""
+
+
+def _complaint(item: Mapping[str, Any]) -> str:
+    """Say what is wrong with one key, and which one may have been meant."""
+    if item["type"] != "extra_forbidden":
+        return _PLAIN.get(item["type"], str(item["msg"]))
+    *sections, key = item["loc"]
+    section: Any = RunConfig
+    for name in sections:
+        section = section.model_fields[name].annotation
+    near = difflib.get_close_matches(str(key), section.model_fields, 1)
+    return (
+        f"is no setting; did you mean {near[0]}?"
+        if near
+        else f"is no setting; there are {', '.join(section.model_fields)}"
+    )
 
 
 def config_to_yaml(config: RunConfig) -> str:

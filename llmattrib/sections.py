@@ -33,7 +33,7 @@ Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys forbidden."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class LoraConfig(Section):
