@@ -5,7 +5,9 @@ last part of the base's name is compared, so a model that moved between hub and 
 factor is compared with the base's layers.
 """
 
-from collections.abc import Mapping, Sequence, Set
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmattrib.errors import AdapterMismatchError, ModelNotFoundError, UnsupportedAdapterError
+from llmattrib.storage import exists, read_bytes
 from llmattrib.weights import read_json
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 RECORD = "llmattrib.json"
-"""What `train` leaves beside an adapter: the fingerprint of everything it was trained with."""
+"""What `train` leaves beside an adapter: the fingerprint of everything it was trained with, and of its weights."""
 PEFT_PREFIX = "base_model.model."
 _UNSUPPORTED = (
     "lora_bias",
@@ -90,6 +93,40 @@ def _check_base(path: Path, settings: Mapping[str, Any], base_name: str, base_pr
 
 def _last_part(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def adapter_faults(folders: Sequence[str], stored: str | None) -> Iterator[tuple[str, str]]:
+    """Say of each adapter's folder what is wrong with the files in it; nothing of those that are sound.
+
+    Args:
+        folders: PEFT folders, local or fsspec URLs.
+        stored: what features that were made at them keep of them, see `LoadedModel.fingerprint`; None for none.
+
+    Raises:
+        StoreAccessError: one cannot be reached.
+    """
+    digests = stored.split("+") if stored else [None] * len(folders)
+    if len(digests) != len(folders):
+        yield folders[0], f"is one of {len(folders)} adapters, and the features were made at {len(digests)}"
+        return
+    for folder, digest in zip(folders, digests, strict=True):
+        what = _fault(folder, digest)
+        if what:
+            yield folder, what
+
+
+def _fault(folder: str, digest: str | None) -> str:
+    for name in ("adapter_config.json", ADAPTER_WEIGHTS):
+        if not exists(f"{folder}/{name}"):
+            return f"has no {name}" if exists(folder) else "is missing, and queries need it"
+    found, record = hashlib.sha256(read_bytes(f"{folder}/{ADAPTER_WEIGHTS}")).hexdigest(), f"{folder}/{RECORD}"
+    try:
+        written = json.loads(read_bytes(record)).get("weights", found) if exists(record) else found
+    except (ValueError, AttributeError) as error:
+        return f"has a {RECORD} that cannot be read ({error})"
+    if written != found:
+        return "has other weights than train wrote"
+    return "" if digest in (None, found[:32]) else "has other weights than the features were made at"
 
 
 def check_shapes(paths: Sequence[Path], base: Any) -> None:

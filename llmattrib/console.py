@@ -180,9 +180,9 @@ def example_text(prompt: str, completion: str, width: int) -> Text:
 def print_hits(hits: Hits) -> None:
     """Print the tables of the most helpful and the most harmful examples of one query."""
     console = Console()
-    source = "generated, cut off" if hits.is_cut else "generated" if hits.generated else "given"
     width = console.width
-    console.print(example_text(hits.prompt, hits.completion, width - 13), f"[dim]({source})[/dim]", highlight=False)
+    asked = example_text(hits.prompt, hits.completion, width - len(hits.origin) - 3)
+    console.print(asked, f"[dim]({hits.origin})[/dim]", highlight=False)
     shares = "shares of the sum of |value|" + ("" if hits.shares_exact else ", estimated from a sample")
     console.print(
         f"[bold]{hits.method}[/bold]{', exact gradients' if hits.reranked else ''}: "

@@ -157,6 +157,7 @@ class LoraProduct(Product):
             "sketch_rows": len(encoded.encoded),
             **({} if self._curvature is None else {CURVATURE: curvature_digest(self._curvature)}),
             "label_ids": list(self.extractor.label_ids),
+            "has_adapter": self.extractor.loaded.fingerprint["adapters"] != "none",  # at init too: it answers queries
         }
         return Manifest(
             kind="features",

@@ -231,6 +231,7 @@ class Run:
         by_words = self._words.gradients(examples, encoded) if WORDS in found else []
         phi = self.features(examples, encoded) if {*found} - {WORDS} else None
         slots = answered_slots(np.array([item.label for item in encoded], np.int64), self.config.features.output)
+        answerer = "base model" if self.extractor.loaded.fingerprint["adapters"] == "none" else "adapter"
         hits: dict[Method, list[Hits]] = {}
         for method, attribution in found.items():
             vectors = attribution.vectors(phi, slots, by_words)
@@ -255,6 +256,7 @@ class Run:
                     shares_exact=attribution.index.is_sum_exact,
                     reranked=bool(shortlist),
                     id=query.id,
+                    answered_by=answerer if query.completion is None else "",
                 )
                 for row, (query, example) in enumerate(zip(queries, examples, strict=True))
                 for explained in [by_words[row] if explain else None]

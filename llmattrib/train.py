@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from llmattrib.adapters import RECORD
+from llmattrib.adapters import ADAPTER_WEIGHTS, RECORD
 from llmattrib.config import RunConfig
 from llmattrib.data import Example, data_fingerprint, load_examples
 from llmattrib.device import resolve_device
@@ -32,6 +32,7 @@ from llmattrib.progress import Progress, silent
 from llmattrib.storage import atomic_write, named_errors, require_space
 from llmattrib.weights import (
     context_length,
+    file_digest,
     load_tokenizer,
     new_folder,
     read_json,
@@ -256,6 +257,7 @@ def _save(loaded: LoadedModel, target: Path, base_name: str, record: Mapping[str
             save_adapter(loaded, folder, base_name)
         except SafetensorError as error:  # what it says of a full disk
             raise OSError(str(error)) from error
+        record = {**record, "weights": file_digest(folder / ADAPTER_WEIGHTS)}
         (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

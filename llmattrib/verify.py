@@ -3,6 +3,7 @@
     features, words, validation, representers      every shard: crc32c, checksum, finite numbers; vectors; fingerprints
     values/subsets.zarr, {retraining,gold}/*.zarr  every shard of the tables
     curvature.safetensors                          the digest that the features carry
+    adapters                                       their weights: the digests that train and the features keep
     examples.parquet, values/<method>.*            number of rows, fingerprints
     index/<method>.*                               checksums, and the vectors against the representers
     everything                                     temporary files and locks that killed processes left
@@ -31,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmattrib import storage
+from llmattrib.adapters import adapter_faults
 from llmattrib.commits import Problem
 from llmattrib.config import RunConfig
 from llmattrib.data import MAX_CELL, data_fingerprint, read_examples
@@ -176,7 +178,7 @@ class _Checks:
         yield from found
         if features is not None:
             yield from self.settings(features, settings_fingerprint(self.config))
-            yield from self.adapters()
+            yield from self.adapters(features)
             yield from self.curvature(features)
             yield from self.examples(features)
             yield from self.validation(features, is_sound)
@@ -259,13 +261,21 @@ class _Checks:
             again = f"restore these settings, or: rm -r {shlex.quote(features.path)} && {self.command('build')}"
             yield Finding(self.short(features.path), f"was made with other settings ({rows})", again)
 
-    def adapters(self) -> Iterator[Finding]:
-        """The adapters trained here that features and queries are taken at."""
-        if self.config.model.adapters or self.config.features.linearisation == "init":
-            return
-        for path in adapter_paths(self.config):
-            if not storage.exists(path):
-                yield Finding(self.short(path), "is missing, and queries are taken at it", self.command("train"))
+    def adapters(self, features: RowStore) -> Iterator[Finding]:
+        """The adapters that features are made at and queries answered by: there, and the same as then."""
+        named, stored = self.config.model.adapters, features.manifest.fingerprint["model"].get("adapters")
+        paths = named or (adapter_paths(self.config) if stored else [self.layout.adapter])
+        if not (named or stored or features.manifest.info.get("has_adapter") or storage.exists(paths[0])):
+            return  # the base model answers
+        for path, what in adapter_faults(paths, stored):
+            again = (
+                "restore it, or correct model.adapters"
+                if named
+                else f"rm -rf {shlex.quote(path)} && {self.command('train')}"
+            )
+            if stored:
+                again += f"; to take another: rm -r {shlex.quote(features.path)} && {self.command('build')}"
+            yield Finding(self.short(path), what, again)
 
     def curvature(self, features: RowStore) -> Iterator[Finding]:
         """The file that the features were whitened with."""

@@ -65,9 +65,8 @@ def render(
 
 
 def _answer(hits: Hits) -> str:
-    made = "generated, cut off" if hits.is_cut else "generated" if hits.generated else "given"
     return (
-        f"<h2>Answer, {made}</h2><p>{escape(hits.completion)}</p>"
+        f"<h2>Answer, {hits.origin}</h2><p>{escape(hits.completion)}</p>"
         f"<p>{escape(hits.method)}: all {hits.num_examples:,} examples together {hits.total:+.4g}</p>"
         f"<h2>Helpful</h2>{_table(hits.helpful)}<h2>Harmful</h2>{_table(hits.harmful)}"
     )

@@ -17,6 +17,7 @@ from test_build import changed, contents
 from tiny import tiny_jsonl, tiny_run
 from typer.testing import CliRunner
 
+from llmattrib.adapters import ADAPTER_WEIGHTS, RECORD
 from llmattrib.build import build_features
 from llmattrib.cli import app
 from llmattrib.commits import checksum, record_path
@@ -26,6 +27,7 @@ from llmattrib.index import build_index
 from llmattrib.lock import locked
 from llmattrib.reduce import reduce_run
 from llmattrib.store import RowStore
+from llmattrib.train import train_adapter
 from llmattrib.values.stage import compute_values
 from llmattrib.verify import verify_run
 
@@ -302,6 +304,42 @@ def test_metadata_of_features_that_cannot_be_read_is_left_to_a_person(run):
     assert others == []
     assert finding.rerun == f"rm -r {run.layout.features} && llmattrib build R"
     assert record(run.layout.features, 0).exists()
+
+
+@pytest.mark.parametrize("linearisation", ["init", "trained"])
+def test_adapters_that_are_gone_or_changed_are_found(tmp_path, linearisation):
+    run = tiny_run(tmp_path, num_rows=4, features={"linearisation": linearisation}, train={"epochs": 1})
+    train_adapter(run)
+    build_features(run)
+    assert verify(run) == []
+    weights, folder = Path(run.layout.adapter, ADAPTER_WEIGHTS), Path(run.layout.adapter)
+    sound = weights.read_bytes()
+    flip(weights, 2)
+    (finding,) = verify(run)
+    assert (finding.place, finding.what) == ("adapter", "has other weights than train wrote")
+    assert "&& llmattrib train R" in finding.rerun
+    (folder / RECORD).unlink()  # as of an adapter that was not trained here
+    features = ["has other weights than the features were made at"] if linearisation == "trained" else []
+    assert [finding.what for finding in verify(run)] == features
+    weights.unlink()
+    assert [finding.what for finding in verify(run)] == [f"has no {ADAPTER_WEIGHTS}"]
+    weights.write_bytes(sound)
+    (folder / RECORD).write_text("[")
+    assert f"has a {RECORD} that cannot be read (" in verify(run)[0].what
+    shutil.rmtree(folder)
+    assert [finding.what for finding in verify(run)] == ["is missing, and queries need it"]
+    named = changed(run, model={"adapters": [str(tmp_path / "a"), str(tmp_path / "b")]})
+    found = [finding.what for finding in verify(named)]
+    if linearisation == "init":
+        assert found == ["is missing, and queries need it"] * 2
+    else:
+        assert found == ["is one of 2 adapters, and the features were made at 1"]
+
+
+def test_a_run_that_never_had_an_adapter_is_sound(tmp_path):
+    run = tiny_run(tmp_path, num_rows=4)
+    build_features(run)
+    assert verify(run) == []
 
 
 def test_the_command_line(run, tmp_path):
