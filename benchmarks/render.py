@@ -91,7 +91,7 @@ def features(found: dict[str, Any]) -> str:
             )
         lines.append("")
         for point, shares in case.get("shares", {}).items():
-            parts = [f"{STAGES[stage]} {100 * share:.0f} %" for stage, share in shares.items()]
+            parts = [f"{STAGES[stage]} {100 * max(share, 0):.0f} %" for stage, share in shares.items()]
             lines += [f"Of the time of `{point}`: {', '.join(parts)}.", ""]
     return "\n".join(lines)
 

@@ -16,8 +16,8 @@ def test_features_are_built_about_as_quickly_as_a_fine_tune_and_quicker_than_by_
     ratios = features.summary(found["cases"])
     assert {name: found[name] for name in ratios} == ratios
     assert min(ratios["ratio_to_forward_backward"].values()) >= 0.9
-    assert ratios["ratio_to_bergson"]["default"] >= 1.3  # we want 1.5, which rank 8 at `init` reaches
-    assert ratios["ratio_to_bergson"]["equal_dims"] >= 13.5  # we want 15; three rounds gave a median of 14.0
+    assert ratios["ratio_to_bergson"]["default"] >= 1.2  # we want 1.5, which `init` reaches at rank 8
+    assert ratios["ratio_to_bergson"]["equal_dims"] >= 15
 
 
 def test_inner_products_are_nearer_than_those_of_bergson_byte_for_byte() -> None:
