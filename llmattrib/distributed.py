@@ -201,11 +201,6 @@ class Ranks:
         """Return this rank's part of a list of work that is the same on all ranks."""
         return items[self.rank :: self.world_size]
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.world_size > 1:
-            self.gather(None)
-
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in rank order, on every rank.
 
@@ -286,7 +281,7 @@ class Ranks:
         """Run `action` on every rank, and go on only if all of them succeed.
 
         An action may itself call `together`, `total` and `on_main`: a rank that fails outside of those calls is noticed
-        by the others at their next one. It must not call `gather`, `sum` and `barrier`, which do not look for that.
+        by the others at their next one. It must not call `gather` and `sum`, which do not look for that.
 
         Returns:
             This rank's result.

@@ -25,7 +25,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -365,10 +364,6 @@ class RowStore:
         if np.isnan(vector).any():
             raise CorruptShardError(f"vector {name!r} of {self.path} was not written to its end", fix=REMAKE)
         return vector
-
-    def update_info(self, info: Mapping[str, Any]) -> None:
-        """Add keys to the manifest's `info`, in one atomic write; by one process."""
-        self._save(dataclasses.replace(self.manifest, info={**self.manifest.info, **info}))
 
     def digest(self) -> str:
         """Return a hash of the settings and of all committed data, from the names of the commit records alone."""

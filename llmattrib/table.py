@@ -159,10 +159,6 @@ class TableStore:
             self._group.attrs.update({_KEY: manifest.to_json()})
         self.manifest = manifest
 
-    def committed(self) -> list[int]:
-        """Return the shards that are finished, in order, as of now."""
-        return list(committed(self.path))
-
     def record(self, shard: int) -> str | None:
         """Return the path of the commit record of a shard, None when it has none as of now."""
         found = committed(self.path).get(shard)

@@ -45,7 +45,6 @@ MAX_BODY = 64 * 1024
 MAX_TOP = 1000
 MAX_WAITING = 64  # connections at a time; more get 503
 MIN_TOKEN = 16
-LOOPBACK = "127.0.0.1"
 
 
 class Refused(Exception):

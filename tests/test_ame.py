@@ -89,7 +89,7 @@ def test_a_utility_that_never_changes_has_no_effects(constant, design):
             result = AmeRegression(rule).init(same)
             np.testing.assert_array_equal(result.values, 0)
             assert result.num_selected == 0
-        assert not Knockoffs().init(same).selected.any()
+        assert not Knockoffs().init(same).any()
 
 
 def test_residuals_are_those_of_a_regression_on_bucket_columns():
@@ -194,7 +194,7 @@ def test_ten_poisons_among_400_are_found(seed):
     rows = draw_rows(ATTRIBUTION, seed, 400, 800, KernelUtility(game, query))
     worst = np.argsort(AmeRegression().init(rows).values[:, 0])[:10]
     assert set(worst) == set(poisons)
-    chosen = Knockoffs(rate=0.1, harmful=True).init(rows).selected[:, 0]
+    chosen = Knockoffs(rate=0.1, harmful=True).init(rows)[:, 0]
     assert chosen[poisons].all()
 
 
@@ -211,7 +211,7 @@ def test_false_discoveries_are_within_their_rate():
             return (members[:, true].sum(axis=1) + pairs.sum(axis=1) + noise)[:, None]
 
         rows = draw_rows(ATTRIBUTION, repeat, 40, 240, utility)
-        chosen = Knockoffs(rate=0.2).init(rows).selected[:, 0]
+        chosen = Knockoffs(rate=0.2).init(rows)[:, 0]
         found = np.isin(np.flatnonzero(chosen), true)
         shares.append(1 - found.mean() if len(found) else 0.0)
         powers.append(found.sum() / 12)
@@ -224,7 +224,7 @@ def test_nothing_is_selected_where_nobody_matters():
     for repeat in range(20):
         noise = stream(repeat, "noise").standard_normal((200, 1))
         rows = draw_rows(ATTRIBUTION, repeat, 30, 200, lambda members, noise=noise: noise)
-        chosen.append(Knockoffs(rate=0.1).init(rows).selected.any())
+        chosen.append(Knockoffs(rate=0.1).init(rows).any())
     assert np.mean(chosen) <= 0.1 + 2 * np.sqrt(0.09 / 20)
 
 

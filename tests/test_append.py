@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,8 @@ def expected(config, folder, num_rows=AFTER):
         plan = SketchPlan.from_json(dict(info["sketch_plan"]))
         patch.setattr(LoraProduct, "plan", lambda product, _: product.__dict__.update(_plan=plan, _curvature=None))
         build_features(whole)
-    RowStore.open(whole.layout.features, read_only=False).update_info({"sketch_rows": info["sketch_rows"]})
+    made = RowStore.open(whole.layout.features, read_only=False)
+    made._save(replace(made.manifest, info={**made.manifest.info, "sketch_rows": info["sketch_rows"]}))
     return contents(whole.layout.features)
 
 

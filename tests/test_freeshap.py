@@ -10,6 +10,8 @@ import pytest
 from llmattrib.errors import MethodError
 from llmattrib.estimators import freeshap
 from llmattrib.estimators.freeshap import FreeShap, KernelProblem
+from llmattrib.estimators.moments import Moments
+from llmattrib.estimators.permutation import UtilityResult
 from llmattrib.rng import stream
 
 
@@ -22,6 +24,11 @@ def problem(n, m=6, num_classes=3, kernels="single", seed=0, p=40, scale=60.0):
         scale * (means[rows] + 0.8 * draws.standard_normal((len(rows), num_classes, p))) for rows in (labels, asked)
     )
     return KernelProblem.of_features(features, queries, labels, asked, kernels)
+
+
+def sampled(of, **settings):
+    found = FreeShap(**settings).sample(of)
+    return UtilityResult.of(Moments.of(found.samples, found.shape), found)
 
 
 def utilities(of, members, ridge=1e-6, scale=1e4):
@@ -66,9 +73,8 @@ def refit(of, num_permutations, tolerance, seed=0):
 def test_values_equal_refitting_every_prefix(kernels, tolerance, block, monkeypatch):
     monkeypatch.setattr(freeshap, "BLOCK", block)
     of = problem(25, kernels=kernels)
-    found = FreeShap(num_permutations=4, tolerance=tolerance).init(of)
+    found = sampled(of, num_permutations=4, tolerance=tolerance)
     expected, reached = refit(of, 4, tolerance)
-    np.testing.assert_allclose(found.per_query, expected, atol=1e-7)
     np.testing.assert_allclose(found.moments.mean, expected.mean(axis=1), atol=1e-7)
     assert found.mean_prefixes == reached
     assert (reached < 25) == (tolerance is not None)
@@ -77,9 +83,8 @@ def test_values_equal_refitting_every_prefix(kernels, tolerance, block, monkeypa
 @pytest.mark.parametrize("kernels", ["single", "per_class"])
 def test_values_sum_to_the_utility_of_all_without_truncation(kernels):
     of = problem(40, kernels=kernels)
-    found = FreeShap(num_permutations=2, tolerance=None).init(of)
-    full, empty = utilities(of, list(range(40))), utilities(of, [])
-    np.testing.assert_allclose(found.per_query.sum(axis=2), full - empty, atol=1e-8)
+    found = sampled(of, num_permutations=2, tolerance=None)
+    np.testing.assert_allclose(found.full, utilities(of, list(range(40))).mean(axis=1), atol=1e-8)
     np.testing.assert_allclose(found.moments.mean.sum(axis=1), found.full - found.empty, atol=1e-8)
     np.testing.assert_allclose(found.empty, [-np.log(3), 1 / 3])
 
@@ -96,13 +101,13 @@ def test_permutations_tend_to_the_shapley_values():
         for player in set(range(5)) - set(members):
             gain = worth[tuple(sorted((*members, player)))] - before
             truth[:, player] += gain / (5 * math.comb(4, len(members)))
-    found = FreeShap(num_permutations=1500, tolerance=None).init(of).moments
+    found = sampled(of, num_permutations=1500, tolerance=None).moments
     assert (np.abs(found.mean - truth) <= 4 * found.standard_error + 1e-12).all()
     assert oracles.relative_error(found.mean, truth) < 0.1
 
 
 def test_truncation_moves_the_sum_by_its_tolerance_at_most():
-    found = FreeShap(num_permutations=5).init(problem(60))
+    found = sampled(problem(60), num_permutations=5)
     assert found.mean_prefixes < 60
     missing = np.abs(found.moments.mean.sum(axis=1) - (found.full - found.empty))
     assert (missing <= 0.05 * np.abs(found.full - found.empty) + 1e-12).all()
@@ -114,18 +119,17 @@ def test_flipped_labels_get_the_lowest_values():
     labels = of.labels.copy()
     labels[flipped] = 1 - labels[flipped]
     wrong = KernelProblem(of.kernel, of.query_kernel, labels, of.query_labels, 2)
-    values = FreeShap(num_permutations=30, ridge=0.3).init(wrong).moments.mean[0]
+    values = sampled(wrong, num_permutations=30, ridge=0.3).moments.mean[0]
     assert set(np.argsort(values)[:6]) == set(flipped)
 
 
-def test_ranges_of_permutations_merge_and_progress_counts():
-    of, calls = problem(12), []
-    whole = FreeShap(num_permutations=6).init(of, lambda done, total: calls.append((done, total)))
-    parts = [FreeShap(num_permutations=3, first_permutation=first).init(of).moments for first in (0, 3)]
+def test_ranges_of_permutations_merge():
+    of = problem(12)
+    whole = sampled(of, num_permutations=6)
+    parts = [sampled(of, num_permutations=3, first_permutation=first).moments for first in (0, 3)]
     merged = parts[0].merge(parts[1])
     np.testing.assert_allclose(merged.mean, whole.moments.mean, atol=1e-12)
     np.testing.assert_allclose(merged.standard_error, whole.moments.standard_error, atol=1e-12)
-    assert calls == [(k, 6) for k in range(1, 7)]
 
 
 def test_single_kernel_is_that_of_class_0():
@@ -147,6 +151,6 @@ def test_what_cannot_be_used_is_named():
     with pytest.raises(MethodError, match=r"labels lie in 0 \.\.\. 2"):
         KernelProblem(of.kernel, of.query_kernel, of.labels, of.query_labels, 2)
     with pytest.raises(MethodError, match="not positive definite at ridge 1e-06"):
-        FreeShap().init(KernelProblem(-of.kernel, of.query_kernel, of.labels, of.query_labels, 3))
+        sampled(KernelProblem(-of.kernel, of.query_kernel, of.labels, of.query_labels, 3))
     with pytest.raises(MethodError, match="FreeShap of 10 examples and 6 queries needs"):
-        FreeShap(max_bytes=1000).init(of)
+        FreeShap(max_bytes=1000).sample(of)

@@ -1,12 +1,12 @@
 import itertools
 import math
 
-import faiss
 import numpy as np
 import pytest
 
 from llmattrib.errors import MethodError
-from llmattrib.estimators.knn import knn_shapley, nearest_first, soft_knn_shapley
+from llmattrib.estimators.knn import knn_shapley, soft_knn_shapley
+from llmattrib.index import nearest_rows
 from llmattrib.rng import stream
 
 
@@ -44,7 +44,7 @@ def soft(order, matches, k, num_classes):
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 3), (2, 1), (2, 2), (5, 1), (7, 3), (7, 6), (7, 7), (6, 9), (10, 4)])
 def test_values_equal_enumeration(n, k):
     features, queries, matches = problem(n, k)
-    order = nearest_first(features, queries)
+    order = nearest_rows(features, queries)
     found, found_soft = knn_shapley(order, matches, k), soft_knn_shapley(order, matches, k, 3)
     for row in range(1 if n == 10 else len(queries)):
         expected = enumerate_shapley(n, hard(order[row], matches[row], k))
@@ -55,7 +55,7 @@ def test_values_equal_enumeration(n, k):
 
 def test_values_sum_to_the_utility_of_all():
     features, queries, matches = problem(300, 0, num_queries=5)
-    order = nearest_first(features, queries, "l2")
+    order = nearest_rows(features, queries)
     everyone = set(range(300))
     for row in range(5):
         total = hard(order[row], matches[row], 11)(everyone)
@@ -64,37 +64,26 @@ def test_values_sum_to_the_utility_of_all():
         assert soft_knn_shapley(order, matches, 11, 3)[row].sum() == pytest.approx(total, abs=1e-12)
 
 
-@pytest.mark.parametrize("metric", ["inner_product", "l2"])
-def test_neighbours_are_sorted_and_equal_ones_by_number(metric):
+def test_neighbours_are_sorted_and_equal_ones_by_number():
     features, queries, _ = problem(40, 1)
     features[30] = features[7]
-    found = nearest_first(features, queries, metric)
+    found = nearest_rows(features, queries)
     for row, query in enumerate(queries):
-        near = [x @ query if metric == "inner_product" else -np.sum((x - query) ** 2) for x in features]
+        near = [x @ query for x in features]
         assert found[row].tolist() == sorted(range(40), key=lambda i: (-round(near[i], 9), i))
-
-
-@pytest.mark.parametrize("metric", ["inner_product", "l2"])
-def test_neighbours_of_an_index_give_the_same_values(metric):
-    features, queries, matches = problem(200, 2)
-    index = (faiss.IndexFlatIP if metric == "inner_product" else faiss.IndexFlatL2)(4)
-    index.add(features.astype(np.float32))
-    order = index.search(queries.astype(np.float32), 200)[1]
-    exact = knn_shapley(nearest_first(features, queries, metric), matches, 5)
-    np.testing.assert_allclose(knn_shapley(order, matches, 5), exact, atol=1e-12)
 
 
 @pytest.mark.parametrize("given", [5, 20, 100])
 def test_first_neighbours_are_within_their_bound(given):
     features, queries, matches = problem(400, 3, num_queries=20)
-    order = nearest_first(features, queries)
+    order = nearest_rows(features, queries)
     exact, found = knn_shapley(order, matches, 5), knn_shapley(order[:, :given], matches, 5)
     assert 0 < np.abs(found - exact).max() <= 1 / given
 
 
 def test_what_cannot_be_used_is_named():
     features, queries, matches = problem(6, 4)
-    order = nearest_first(features, queries)
+    order = nearest_rows(features, queries)
     with pytest.raises(MethodError, match="2 neighbours are given for k = 3"):
         knn_shapley(order[:, :2], matches, 3)
     for bad in (np.zeros_like(order), order - 1, order + 1):

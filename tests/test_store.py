@@ -401,15 +401,6 @@ def test_differing_is_empty_for_equal_trees():
     assert differing(manifest().to_json(), manifest().to_json()) == {}
 
 
-def test_info_can_grow_and_does_not_change_the_digest(path):
-    store = fill(RowStore.create(path, manifest()))
-    before = store.digest()
-    store.update_info({"ridge": 0.1})
-    again = RowStore.open(path)
-    assert again.manifest.info == {"note": "kept", "ridge": 0.1}
-    assert again.digest() == before
-
-
 def test_digest_follows_data_and_settings(tmp_path):
     digests = set()
     for number, of in enumerate([manifest(), manifest(), manifest(num_rows=21), manifest(fingerprint={"model": "n"})]):

@@ -32,9 +32,10 @@ from llmattrib.errors import (
 )
 from llmattrib.estimators.ame import AmeRegression, Knockoffs
 from llmattrib.estimators.freeshap import FreeShap, KernelProblem
-from llmattrib.estimators.knn import knn_shapley, nearest_first, soft_knn_shapley
+from llmattrib.estimators.knn import knn_shapley, soft_knn_shapley
 from llmattrib.estimators.moments import SIGNS, Moments
 from llmattrib.estimators.one_sample import msr_banzhaf, table_values
+from llmattrib.estimators.permutation import UtilityResult
 from llmattrib.estimators.quadrature import BANZHAF as BANZHAF_VALUE
 from llmattrib.estimators.quadrature import SHAPLEY as SHAPLEY_VALUE
 from llmattrib.estimators.subset import Subset
@@ -283,8 +284,7 @@ def test_ame_is_lasso_with_knockoffs(finished: Made, name: str, design: Any) -> 
     rows = draw_rows(design, config.seed, NUM_ROWS, 128, Plain(config).worths("prediction"))
     close(numbers(result), AmeRegression().init(rows).values[:, 0], 1e-4)  # coordinate descent stops at 1e-5
     signs = sum(
-        sign * Knockoffs(0.5, harmful).init(rows).selected[:, 0].astype(int)
-        for sign, harmful in ((1, False), (-1, True))
+        sign * Knockoffs(0.5, harmful).init(rows)[:, 0].astype(int) for sign, harmful in ((1, False), (-1, True))
     )
     assert [item.sign for item in result.values] == [SIGNS[code] for code in signs.tolist()]
     assert {item.standard_error for item in result.values} == {None}
@@ -304,7 +304,8 @@ def test_freeshap_is_the_published_estimator(finished: Made, kernels: Any, utili
         asked.column("label").astype(np.int64),
         kernels,
     )
-    found = FreeShap(20).init(problem)
+    drawn = FreeShap(20).sample(problem)
+    found = UtilityResult.of(Moments.of(drawn.samples, drawn.shape), drawn)
     metric = 0 if utility == "auto" else 1
     close(numbers(result), found.moments.mean[metric])
     close(numbers(result, "standard_error"), found.moments.standard_error[metric])
@@ -325,7 +326,7 @@ def test_neighbours_are_sorted_by_cosine_without_the_label(finished: Made, flavo
         rows[taught == 1] *= -1
         queries[wanted == 1] *= -1
     rows, queries = rows.reshape(NUM_ROWS, -1), queries.reshape(NUM_PROMPTS, -1)
-    order = nearest_first(rows / np.linalg.norm(rows, axis=1, keepdims=True), queries)
+    order = np.argsort(-queries @ (rows / np.linalg.norm(rows, axis=1, keepdims=True)).T, axis=1, kind="stable")
     matches = taught == wanted[:, None]
     values = knn_shapley(order, matches, 3) if label == "hard" else soft_knn_shapley(order, matches, 3, 2)
     close(numbers(result), values.mean(0))

@@ -27,7 +27,7 @@ from typing import Literal
 
 import numpy as np
 import scipy.linalg
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import lasso_path
 
@@ -226,21 +226,6 @@ class AmeRegression:
 
 
 @dataclass(frozen=True)
-class KnockoffResult:
-    """Players selected with a bound on the share of false ones.
-
-    Attributes:
-        selected: [n, q].
-        statistics: [n, q] W; large where a player beats its knockoff.
-        thresholds: [q] selected are those at or above; infinite where nobody is.
-    """
-
-    selected: np.ndarray
-    statistics: Float[np.ndarray, "n q"]
-    thresholds: Float[np.ndarray, " q"]
-
-
-@dataclass(frozen=True)
 class Knockoffs:
     """Selection of players with an effect, at a bounded false-discovery rate.
 
@@ -263,8 +248,8 @@ class Knockoffs:
     harmful: bool = False
     regression: AmeRegression = AmeRegression(rule="minimum")
 
-    def init(self, rows: SubsetRows, progress: Progress = silent) -> KnockoffResult:
-        """Select players in each utility.
+    def init(self, rows: SubsetRows, progress: Progress = silent) -> Bool[np.ndarray, "n q"]:
+        """Return which players are selected in each utility.
 
         Raises:
             MethodError: as `AmeRegression.init`.
@@ -277,7 +262,7 @@ class Knockoffs:
         positive = np.maximum(result.values, 0)
         statistics = positive[: rows.num_players] - positive[rows.num_players :]
         thresholds = np.array([knockoff_threshold(column, self.rate) for column in statistics.T])
-        return KnockoffResult(statistics >= thresholds, statistics, thresholds)
+        return np.asarray(statistics >= thresholds)
 
 
 def knockoff_threshold(statistics: Float[np.ndarray, " n"], rate: float) -> float:

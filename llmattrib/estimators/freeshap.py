@@ -9,8 +9,7 @@ validation queries, on the raw outputs f(x) in R^C:
 
 `single` takes one kernel for all classes (gradients of the logit of class 0), `per_class` one for each. A permutation
 stops after two consecutive prefixes at which both utilities are within 5 % of |U(N) - U(empty)| of U(N); players after
-that get 0, which biases values by as much. Values of a query are those of the game whose utility is that query's alone,
-truncated where the mean over queries is.
+that get 0, which biases values by as much.
 
 The reference updates inverses; here a Cholesky factor grows by blocks of players as far as the permutation gets, so the
 k-th prefix predicts sum_{j<=k} a_j b_j, a = L^-1 k(x), b = L^-1 Y. (The published code, from 500 players on and where
@@ -22,7 +21,7 @@ These are values over a set of validation queries, not representers: the utiliti
 Source: Wang et al. 2024 (FreeShap, arXiv 2406.04606); docs/methods.md section 7.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,23 +31,12 @@ import scipy.special
 from jaxtyping import Float, Int
 
 from llmattrib.errors import MethodError
-from llmattrib.estimators.moments import Moments
-from llmattrib.estimators.permutation import UtilityResult, UtilitySamples, truncate
+from llmattrib.estimators.permutation import UtilitySamples, truncate
 from llmattrib.memory import require_memory
-from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
 
 Kernels = Literal["single", "per_class"]
-METRICS = ("cross_entropy", "accuracy")
-"""Utilities, in the order of every axis of length 2."""
 BLOCK = 64  # players whose prefixes are evaluated together
-
-
-Observer = Callable[[Int[np.ndarray, " k"], Float[np.ndarray, "2 k m"]], None]
-
-
-def _unobserved(players: Int[np.ndarray, " k"], gains: Float[np.ndarray, "2 k m"]) -> None:
-    """Look at no gains."""
 
 
 @dataclass(frozen=True)
@@ -109,25 +97,6 @@ class KernelProblem:
 
 
 @dataclass(frozen=True)
-class FreeShapResult:
-    """Values over the validation queries.
-
-    Attributes:
-        moments: [2, n] of both utilities' means over queries; a sample is a permutation.
-        per_query: [2, m, n] mean values for each query.
-        empty: [2] U(empty).
-        full: [2] U(N).
-        mean_prefixes: players that entered before truncation, mean over permutations.
-    """
-
-    moments: Moments
-    per_query: Float[np.ndarray, "2 m n"]
-    empty: Float[np.ndarray, " 2"]
-    full: Float[np.ndarray, " 2"]
-    mean_prefixes: float
-
-
-@dataclass(frozen=True)
 class FreeShap:
     """The estimator; defaults are those of the paper.
 
@@ -151,35 +120,8 @@ class FreeShap:
     first_permutation: int = 0
     max_bytes: int | None = None
 
-    def init(self, problem: KernelProblem, progress: Progress = silent) -> FreeShapResult:
-        """Sample the values.
-
-        Args:
-            problem: kernels and labels.
-            progress: called with (permutations done, permutations).
-
-        Raises:
-            MethodError: it does not fit the memory, or a kernel is not positive definite at this ridge.
-        """
-        _, m, n = problem.query_kernel.shape
-        per_query = np.zeros((2, m, n))
-
-        def add(players: Int[np.ndarray, " k"], gains: Float[np.ndarray, "2 k m"]) -> None:
-            per_query[:, :, players] += gains.transpose(0, 2, 1) / self.num_permutations
-
-        found = self.sample(problem, progress, add)
-        result = UtilityResult.of(Moments.of(found.samples, found.shape), found)
-        return FreeShapResult(result.moments, per_query, result.empty, result.full, result.mean_prefixes)
-
-    def sample(
-        self, problem: KernelProblem, progress: Progress = silent, observe: Observer = _unobserved
-    ) -> UtilitySamples:
-        """Yield a sample of both utilities for each permutation.
-
-        Args:
-            problem: kernels and labels.
-            progress: called with (permutations done, permutations).
-            observe: called with players and their gains for every query, [2, k, m].
+    def sample(self, problem: KernelProblem) -> UtilitySamples:
+        """Return an iterator of samples of both utilities, their means over queries; a permutation is a sample.
 
         Raises:
             MethodError: it does not fit the memory, or a kernel is not positive definite at this ridge.
@@ -198,11 +140,9 @@ class FreeShap:
                 for gains in self._gains(problem, order, empty, full):
                     players = order[reached : reached + gains.shape[1]]
                     values[:, players] = gains.mean(axis=2)
-                    observe(players, gains)
                     reached += len(players)
                 values[:, n] = reached
                 yield values
-                progress(done + 1, self.num_permutations)
 
         return UtilitySamples(samples(), empty, full, (2, n + 1))
 

@@ -6,38 +6,18 @@ the query's label, the utility of a subset S depends on its own k nearest to the
 - hard label (Jia et al.):      v(S) = (1/k) * matches among the min(k, |S|) nearest of S,    v(empty) = 0
 - soft label (Wang and Jia):    v(S) = share of matches among them,                           v(empty) = 1/C
 
-Values follow by one pass from the farthest to the nearest, O(n) a query after sorting. Neighbours come in as an array,
-so they may be sorted here (`nearest_first`) or found by an index. The soft-label pass needs all n of them.
+Values follow by one pass from the farthest to the nearest, O(n) a query after sorting. Neighbours come in as an array.
+The soft-label pass needs all n of them.
 
 It looks at features only to order examples: values of examples far from the query are all but equal.
 Examples at the same distance are ordered by number; their values then differ though the examples do not.
 Sources: Jia et al. 2019 (arXiv 1908.08619), theorems 1 and 2; Wang and Jia 2023 (arXiv 2304.04258).
 """
 
-from typing import Literal
-
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from llmattrib.errors import MethodError
-
-Metric = Literal["inner_product", "l2"]
-
-
-def nearest_first(
-    features: Float[np.ndarray, "n p"], queries: Float[np.ndarray, "q p"], metric: Metric = "inner_product"
-) -> Int[np.ndarray, "q n"]:
-    """Sort all examples by nearness to each query, equal ones by number.
-
-    Args:
-        features: of the examples.
-        queries: features of the queries.
-        metric: `inner_product` (largest first) or `l2` (smallest distance first).
-    """
-    products = queries.astype(np.float64) @ features.T.astype(np.float64)
-    if metric == "l2":
-        products -= np.einsum("np,np->n", features, features, dtype=np.float64) / 2  # -|x - q|^2 / 2 + |q|^2 / 2
-    return np.argsort(-products, axis=1, kind="stable")
 
 
 def knn_shapley(order: Int[np.ndarray, "q m"], matches: Bool[np.ndarray, "q n"], k: int) -> Float[np.ndarray, "q n"]:

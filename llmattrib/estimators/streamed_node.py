@@ -152,7 +152,7 @@ class Derivative:
             white, leverage, found, residual = self._rows(start, rows)
             sums[0] += white.T @ (found.gain * residual).astype(white.dtype)
             if self.k:
-                self._gather(sums[1:], white, leverage, found.b, residual, np.full(len(rows), value))
+                self._gather(sums[1:], white, found.b, residual, np.full(len(rows), value))
                 sums[2][0] += value**2 * np.sum((found.b * leverage) ** 2)
                 self.basis[start] = np.full((len(rows), 1), value, self.game.dtype)
 
@@ -162,13 +162,7 @@ class Derivative:
             self.moments, self.diagonals, self.sides = rest[0][None], rest[1][None], rest[2][None]
 
     def _gather(
-        self,
-        sums: list[np.ndarray],
-        white: np.ndarray,
-        leverage: np.ndarray,
-        b: np.ndarray,
-        residual: np.ndarray,
-        vector: np.ndarray,
+        self, sums: list[np.ndarray], white: np.ndarray, b: np.ndarray, residual: np.ndarray, vector: np.ndarray
     ) -> None:
         """Add the chunk's part of M and of the side of a vector."""
         scaled = (b * vector).astype(white.dtype)[:, None] * white
@@ -186,7 +180,7 @@ class Derivative:
             square = (found.b * leverage) ** 2
             image = found.b * np.einsum("mp,mp->m", white @ last, white) - square * basis[:, -1]
             images[start] = image
-            self._gather(sums, white, leverage, found.b, residual, image)
+            self._gather(sums, white, found.b, residual, image)
             sums[1][:size] += basis.T @ image
             sums[1][size] += image @ image
             sums[1][size + 1 : -1] += basis.T @ (square * image)

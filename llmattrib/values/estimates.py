@@ -260,7 +260,7 @@ def _of_rows(values: ValuesConfig, rows: SubsetRows, notes: tuple[str, ...]) -> 
     if values.method == "msr_banzhaf":
         return _normal(msr_banzhaf(rows), values.confidence, notes)
     effects = AmeRegression().init(rows)
-    chosen = [Knockoffs(values.false_discovery_rate, harmful).init(rows).selected[:, 0] for harmful in (False, True)]
+    chosen = [Knockoffs(values.false_discovery_rate, harmful).init(rows)[:, 0] for harmful in (False, True)]
     notes += (
         f"helpful and harmful are selected by knockoffs at a false-discovery rate of "
         f"{values.false_discovery_rate:g}, at least {int(np.ceil(1 / values.false_discovery_rate))} or none",
