@@ -4,14 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llmattrib.methods import canonical
 
@@ -67,6 +60,13 @@ class ModelConfig(Section):
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     trust_remote_code: bool = False
     lora: LoraConfig = LoraConfig()
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_differ(cls, adapters: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(map(os.path.abspath, adapters))) < len(adapters):
+            raise ValueError("one adapter is named twice")
+        return adapters
 
 
 class DataConfig(Section):
