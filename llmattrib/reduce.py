@@ -31,6 +31,7 @@ from llmattrib.config import RunConfig, digest
 from llmattrib.distributed import Ranks
 from llmattrib.errors import StoreNotFoundError
 from llmattrib.estimators.certificate import MeasuredBias
+from llmattrib.games.kernel import ridge_errors
 from llmattrib.lock import locked
 from llmattrib.methods import MethodName
 from llmattrib.progress import Progress, silent
@@ -95,7 +96,7 @@ def reduce_run(config: RunConfig, ranks: Ranks | None = None, progress: Progress
     Raises:
         StoreNotFoundError, IncompleteStoreError: the features are missing or not finished.
         CorruptShardError: a shard of the features fails its checksum.
-        MethodError: a method cannot use these features, or does not fit the memory.
+        MethodError: a method cannot use these features, does not fit the memory, or its ridge is lost in rounding.
         StoreLockedError: another process reduces this run now.
         DiskSpaceError: the representers would not fit on the disk.
     """
@@ -243,7 +244,8 @@ def _stream(job: _Job, reader: FeatureReader, started: float, progress: Progress
         widths = tuple(sum(block.width for block in blocks) for blocks in members)
         scorer = Members(tuple(_scorer(settings, ridge, reader, blocks) for blocks in members), widths)
     is_spectral = MethodName.parse(settings.method).kind == "spectral"
-    state = scorer.init(reader.curved(settings) if is_spectral else reader.features(settings))
+    with ridge_errors():
+        state = scorer.init(reader.curved(settings) if is_spectral else reader.features(settings))
     for own in state if isinstance(scorer, Members) else [state]:
         if isinstance(own, LissaState) and own.residual > TOLERANCE:
             notes.append(f"LiSSA stops after {own.iterations} iterations with residuals of up to {own.residual:.2g}")

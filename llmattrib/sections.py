@@ -24,7 +24,7 @@ Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys forbidden."""
+    """Base of all sections: frozen, unknown keys forbidden, numbers finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -217,11 +217,11 @@ class ReduceConfig(Section):
     not centred, unit-norm, ridge by leave-one-out; on features that a preconditioner has whitened it is, for both, not
     centred, unit-norm, ridge 10; the gradient family takes raw features, ridge 0.1.
     `methods` are names of methods.py; semivalues share one sweep over q. `normalize` is to unit norm, of several
-    adapters each one's part by itself. `ridge` is in units of the mean squared feature norm; `loo` chooses it by
-    closed-form leave-one-out error. `form` is how semivalues are taken from the mean field: `pairs` is the most exact,
-    `total_gradient` 2-5 times quicker, `streamed` holds no features, is linear in the examples and shared out over
-    processes, `cavity` misses the sum rule; `auto` is pairs up to 2,048 examples, total_gradient up to 20,000 (or 16
-    for each dimension, if that is more) and streamed beyond.
+    adapters each one's part by itself. `ridge` is in units of the mean squared feature norm (below 1e-8 it is lost in
+    rounding); `loo` chooses it by closed-form leave-one-out error. `form` is how semivalues are taken from the mean
+    field: `pairs` is the most exact, `total_gradient` 2-5 times quicker, `streamed` holds no features, is linear in the
+    examples and shared out over processes, `cavity` misses the sum rule; `auto` is pairs up to 2,048 examples,
+    total_gradient up to 20,000 (or 16 for each dimension, if that is more) and streamed beyond.
     `certificate_draws` random subsets (8 or more; 0 for none) measure the bias of the mean field.
     `iterations` is the most that influence_cg and influence_lissa take, each a pass over the features.
     `ensemble` is of features at several adapters: `kernel` adds their inner products before a curvature is formed,
@@ -230,7 +230,7 @@ class ReduceConfig(Section):
     """
 
     methods: tuple[Method, ...] = METHODS
-    ridge: Annotated[float, Field(gt=0)] | Literal["auto", "loo"] = "auto"
+    ridge: Annotated[float, Field(ge=1e-8, le=1e8)] | Literal["auto", "loo"] = "auto"
     center: bool | Literal["auto"] = "auto"
     normalize: bool | Literal["auto"] = "auto"
     response: Literal["auto", "labels", "unit", "residual"] = "auto"
@@ -322,7 +322,7 @@ class ValuesConfig(Section):
     knn_neighbors: PositiveInt = 5
     knn_label: Literal["hard", "soft"] = "soft"
     freeshap_kernels: Literal["single", "per_class"] = "single"
-    freeshap_ridge: float = Field(1e-6, gt=0)
+    freeshap_ridge: float = Field(1e-6, ge=1e-12)
 
 
 class RetrainingConfig(Section):

@@ -27,7 +27,7 @@ from llmattrib.estimators.quadrature import (
 )
 from llmattrib.estimators.streamed import StreamedField, StreamedResult
 from llmattrib.estimators.subset import Subset
-from llmattrib.games.kernel import FeatureRows, KernelGame, RowSpace
+from llmattrib.games.kernel import FeatureRows, KernelGame, RowSpace, ridge_errors
 from llmattrib.methods import MethodName
 from llmattrib.progress import Progress
 from llmattrib.reader import FeatureReader, Representers
@@ -79,10 +79,11 @@ def play(
         For each method what to note about it, and its representers.
 
     Raises:
-        MethodError: it does not fit the memory, or the mean field does not converge.
+        MethodError: it does not fit the memory, the mean field does not converge, or the ridge is lost in rounding.
     """
     assert len({dataclasses.replace(item, method="shapley") for item in settings}) == 1
-    return (_play_streamed if settings[0].form == "streamed" else _play)(settings, ridge, reader, progress)
+    with ridge_errors():
+        return (_play_streamed if settings[0].form == "streamed" else _play)(settings, ridge, reader, progress)
 
 
 def _play(
@@ -162,7 +163,8 @@ def follow(
     """
     assert isinstance(settings.ridge, float)
     game, space = reader.game(settings, settings.ridge, output), reader.features(settings, output).space
-    return mean_field(settings).profile(game, space.project(queries.astype(np.float64)), rows, progress)
+    with ridge_errors():
+        return mean_field(settings).profile(game, space.project(queries.astype(np.float64)), rows, progress)
 
 
 def _certificate(game: KernelGame, result: MeanFieldResult, semivalue: Semivalue, draws: int) -> Certificate:

@@ -394,6 +394,12 @@ def test_fixed_point_that_does_not_converge_is_an_error():
         run(features, responses, 0.01, max_iterations=2)
 
 
+def test_leverage_lost_in_rounding_is_an_error():
+    features, responses = oracles.random_game(12, 3, 0)
+    with pytest.raises(MethodError, match=r"at q = .* is lost in rounding(.|\n)*take a larger reduce\.ridge"):
+        run(features, responses, 1e-10)
+
+
 def test_unstable_field_is_an_error():
     """A field that is no fixed point can have an indefinite response."""
     features = np.ones((2, 1))

@@ -84,6 +84,15 @@ def files_of(folder: str) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(("method", "form"), [("shapley", "pairs"), ("shapley", "streamed"), ("influence", "auto")])
+def test_ridge_lost_in_rounding_is_an_error(tmp_path, method, form):
+    config = make_run(tmp_path, methods=[method], form=form, center=False, certificate_draws=0)
+    write_features(config, np.ones((20, 1, 4), np.float32))
+    tiny = config.reduce.model_copy(update={"ridge": 1e-20})  # the config refuses it
+    with pytest.raises(MethodError, match=r"(.|\n)*to fix: take a larger reduce\.ridge"):
+        reduce_run(config.model_copy(update={"reduce": tiny}))
+
+
 @pytest.mark.parametrize(("n", "p"), [(30, 6), (20, 50)])
 def test_gradient_methods_take_raw_features_and_equal_their_oracles(tmp_path, n, p):
     config = make_run(tmp_path, methods=["influence", "trak", "grad_dot", "grad_cos"])

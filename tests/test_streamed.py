@@ -205,7 +205,7 @@ def test_parts_of_two_processes_add_up():
 
 def test_what_cannot_be_is_named():
     game = make(60, 8, 1e-9)
-    with pytest.raises(MethodError, match=r"has not converged after 2 rounds(.|\n)*take a larger ridge"):
+    with pytest.raises(MethodError, match=r"has not converged after 2 rounds(.|\n)*take a larger reduce.ridge"):
         run(game, max_iterations=2)
     with pytest.raises(MethodError, match=r"a streamed mean field of 60 examples in 8 dimensions needs"):
         run(make(60, 8), max_bytes=1000)

@@ -529,6 +529,16 @@ def test_representers_of_other_reduce_settings_are_refused(
         compute_values(changed(finished(flavour), reduce=settings))
 
 
+def test_ridge_lost_in_rounding_is_an_error(tmp_path: Path) -> None:
+    sketch = {"sketch": {"kind": "rademacher", "dim": 4}}
+    config = tiny_run(tmp_path, features=sketch, values={"method": "permutation", "num_permutations": 2})
+    config = changed(config, values={"data": config.data.train})
+    build_features(config)
+    tiny = config.reduce.model_copy(update={"ridge": 1e-20})  # the config refuses it
+    with pytest.raises(MethodError, match=r"cannot be solved \(Matrix is not positive(.|\n)*larger reduce\.ridge"):
+        compute_values(config.model_copy(update={"reduce": tiny}))
+
+
 def test_one_process_at_a_time(finished: Made) -> None:
     config = finished("loss")
     with locked(config.layout.path("values")), pytest.raises(StoreLockedError, match="is being written by"):

@@ -177,16 +177,23 @@ def solve_field(
         The field; `factor` and `whitened` belong to the last round, within `tolerance` of `cavity`.
 
     Raises:
-        MethodError: it does not converge.
+        MethodError: it does not converge, or leaves the range of float64.
     """
     x = log_cavity
     points: list[np.ndarray] = []
     steps: list[np.ndarray] = []
     for iteration in range(1, max_iterations + 1):
-        current = sites(np.exp(x), q, counts)
-        factor, whitened = factorize(coordinates, current.weight, ridge)
-        leverage = np.einsum("gd,gd->g", whitened, whitened)
-        step = np.log(np.maximum(leverage, TINY) / (1 - current.weight * leverage)) - x
+        with np.errstate(all="ignore"):  # what rounding makes of a leverage near one is found below
+            current = sites(np.exp(x), q, counts)
+            factor, whitened = factorize(coordinates, current.weight, ridge)
+            leverage = np.einsum("gd,gd->g", whitened, whitened)
+            step = np.log(np.maximum(leverage, TINY) / (1 - current.weight * leverage)) - x
+        if not np.isfinite(step).all():
+            raise MethodError(
+                f"the mean field at q = {q:.3g} is lost in rounding: a leverage is one or more",
+                expected="a ridge that is not lost in rounding beside the Gram matrix",
+                fix="take a larger reduce.ridge",
+            )
         if np.abs(step).max() <= tolerance:
             cavity = np.exp(x + step)
             return Field(q, cavity, sites(cavity, q, counts), factor, whitened, iteration)
@@ -195,7 +202,7 @@ def solve_field(
     raise MethodError(
         f"the mean field at q = {q:.3g} has not converged after {max_iterations} rounds",
         expected=f"a change of log leverage below {tolerance:g}",
-        fix="take a larger ridge",
+        fix="take a larger reduce.ridge",
     )
 
 

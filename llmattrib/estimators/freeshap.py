@@ -217,7 +217,7 @@ class FreeShap:
             raise MethodError(
                 f"the kernel over {self.scale:g} is not positive definite at ridge {self.ridge:g}",
                 expected="a Gram matrix computed in float64",
-                fix="form it from features in float64 (KernelProblem.of_features), or take a larger ridge",
+                fix="form it in float64 (KernelProblem.of_features), or take a larger values.freeshap_ridge",
             ) from error
 
 

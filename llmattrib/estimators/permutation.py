@@ -304,7 +304,8 @@ class _Cholesky:
             self._both[start : start + len(chosen), start:] = rows.take(order[start:], axis=1, mode="clip")
         # The upper half in C order is the lower half in Fortran order, which LAPACK takes without a copy.
         factor, failed = self._potrf(self._both.T, lower=1, overwrite_a=1, clean=0)
-        assert not failed, "lam > 0 keeps it positive definite"
+        if failed:
+            raise np.linalg.LinAlgError("Matrix is not positive definite")  # as numpy's, see `ridge_errors`
         solved = self._trsm(1.0, factor, self.sides.take(order, axis=1).T, lower=1, overwrite_b=1)
         yield Steps(solved[:, : self.num_queries].T, solved[:, self.num_queries :])
 

@@ -45,7 +45,7 @@ def unstable(q: float) -> MethodError:
     return MethodError(
         f"the mean field is not stable at q = {q:.3g}",
         expected="a positive definite response of the fixed point",
-        fix="take a larger ridge, or set reduce.form=cavity",
+        fix="take a larger reduce.ridge, or set reduce.form=cavity",
     )
 
 
@@ -147,7 +147,7 @@ class Iterative:
             f"the response of the mean field at q = {self._q:.3g} has a residual of {error:.1e} after "
             f"{self._max_products} products",
             expected=f"at most {self._tolerance:g}",
-            fix="take a larger ridge, or set reduce.form=cavity",
+            fix="take a larger reduce.ridge, or set reduce.form=cavity",
         )
 
     def _precondition(self, sides: Float32[np.ndarray, "g k"]) -> Float32[np.ndarray, "g k"]:

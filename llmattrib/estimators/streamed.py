@@ -343,7 +343,7 @@ class _Run:
         raise MethodError(
             f"the mean field at q = {q:.3g} has not converged after {self.estimator.max_iterations} rounds",
             expected=f"a relative change below {self.estimator.fixed_point_tolerance:g}",
-            fix="take a larger ridge",
+            fix="take a larger reduce.ridge",
         )
 
     def _safe_guess(self, q: float) -> Float[np.ndarray, "p p"]:

@@ -13,6 +13,7 @@ Source: docs/methods.md section 3; Wang et al. 2024 (FreeShap) for the game, the
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +21,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Bool, Float
 
+from llmattrib.errors import MethodError, first_line
 from llmattrib.memory import require_memory
 
 Blocks = Callable[[], Iterator[tuple[int, Float[np.ndarray, "m p"]]]]
@@ -45,6 +47,23 @@ def array_blocks(rows: Float[np.ndarray, "n p"], max_rows: int = 1024) -> Blocks
             yield start, rows[start : start + max_rows]
 
     return blocks
+
+
+@contextmanager
+def ridge_errors() -> Iterator[None]:
+    """Turn a matrix that cannot be factored, since its ridge is lost in rounding, into an error that says what to do.
+
+    Raises:
+        MethodError: there is one.
+    """
+    try:
+        yield
+    except np.linalg.LinAlgError as error:
+        raise MethodError(
+            f"a system of the kernel game cannot be solved ({first_line(error)})",
+            expected="a ridge that is not lost in rounding beside the Gram matrix",
+            fix="take a larger reduce.ridge",
+        ) from error
 
 
 def form_gram(blocks: Blocks, dim: int, total: Total = alone) -> Float[np.ndarray, "p p"]:

@@ -19,6 +19,7 @@ from llmattrib.config import RunConfig, digest
 from llmattrib.data import Example
 from llmattrib.errors import MethodError
 from llmattrib.estimators.moments import SIGNS
+from llmattrib.games.kernel import ridge_errors
 from llmattrib.lock import locked
 from llmattrib.methods import MethodName
 from llmattrib.progress import Progress, silent
@@ -100,7 +101,8 @@ def compute_values(config: RunConfig, progress: Progress = silent) -> ValuesResu
         result = read_values(paths[0], paths[1], fingerprint)
         if result is None:
             kept = KeptMoments(config.layout.path("values", f"{name}.npz"), {**data, "seed": config.seed})
-            estimate = _estimate(config, reader, validation, utility, data, kept, progress)
+            with ridge_errors():
+                estimate = _estimate(config, reader, validation, utility, data, kept, progress)
             result = _result(config, run.examples, len(validation.labels), utility, estimate, paths)
             result = replace(result, notes=(*result.notes, *_validation_notes(config, validation)))
             write_values(result, settings, fingerprint)
