@@ -54,6 +54,13 @@ def answer(config: RunConfig, loaded: LoadedModel, label_ids: Sequence[int], que
     return [query.answered(*given[row], name=names[row]) for row, query in enumerate(queries)]
 
 
+def answered_by(loaded: LoadedModel, query: Query) -> str:
+    """Return who generates the answer to a query, see `Hits`; nothing where it is given."""
+    if query.completion is not None:
+        return ""
+    return "base model" if loaded.fingerprint["adapters"] == "none" else "adapter"
+
+
 def _generate(config: RunConfig, loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
     """Return answers, and whether each ended by itself."""
     stop_ids, limit = [end_of_turn_id(loaded.tokenizer, config.data)], config.query.max_new_tokens

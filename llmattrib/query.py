@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from llmattrib.answers import answer
+from llmattrib.answers import answer, answered_by
 from llmattrib.config import RunConfig, load_config
 from llmattrib.coordinates import Transform
 from llmattrib.data import Example, Message, read_examples
@@ -217,8 +217,7 @@ class Run:
             rerank: see `query`.
             explain: see `query`.
 
-        Raises:
-            As `query`.
+        Errors are those of `query`.
         """
         top, methods = top or self.config.query.top, self.methods(methods)
         if explain:
@@ -231,7 +230,6 @@ class Run:
         by_words = self._words.gradients(examples, encoded) if WORDS in found else []
         phi = self.features(examples, encoded) if {*found} - {WORDS} else None
         slots = answered_slots(np.array([item.label for item in encoded], np.int64), self.config.features.output)
-        answerer = "base model" if self.extractor.loaded.fingerprint["adapters"] == "none" else "adapter"
         hits: dict[Method, list[Hits]] = {}
         for method, attribution in found.items():
             vectors = attribution.vectors(phi, slots, by_words)
@@ -256,7 +254,7 @@ class Run:
                     shares_exact=attribution.index.is_sum_exact,
                     reranked=bool(shortlist),
                     id=query.id,
-                    answered_by=answerer if query.completion is None else "",
+                    answered_by=answered_by(self.extractor.loaded, query),
                 )
                 for row, (query, example) in enumerate(zip(queries, examples, strict=True))
                 for explained in [by_words[row] if explain else None]
