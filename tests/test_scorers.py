@@ -72,6 +72,17 @@ def test_unit_rows_leave_zeros():
     np.testing.assert_allclose(unit_rows(rows, (1, 1)), [[0.5**0.5, 0.5**0.5], [0, 0]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-23, 1.0, 1e25])
+@pytest.mark.parametrize("members", [(), (40, 60)])
+def test_unit_rows_of_any_size_equal_those_of_float64(scale, members):
+    wide = scale * np.random.default_rng(0).standard_normal((5, 100))
+    rows = wide.astype(np.float32)
+    found = unit_rows(rows, members)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, unit_rows(rows.astype(np.float64), members), atol=1e-7)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)
+
+
 def test_products_of_unit_rows_of_several_adapters_are_means_of_their_cosines():
     rows, queries = draw(12, 7)[0], draw(3, 7, seed=1)[0]
     rows[:, :2] *= 1000  # one adapter's gradients are much larger than the other's

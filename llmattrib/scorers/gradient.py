@@ -160,8 +160,9 @@ def unit_rows(rows: Float[np.ndarray, "*shape p"], members: Sequence[int] = ()) 
         parts = np.split(rows, np.cumsum(members)[:-1], axis=-1)
         scale = np.asarray(len(members) ** 0.5, rows.dtype)
         return np.concatenate([unit_rows(part) / scale for part in parts], axis=-1)
-    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
-    return np.asarray(rows / np.maximum(norms, np.finfo(rows.dtype).tiny))
+    largest = np.abs(rows).max(axis=-1, keepdims=True)
+    scaled = rows / np.where(largest > 0, largest, 1)  # first, or squares of what is below 1e-19 vanish in float32
+    return np.asarray(scaled / np.maximum(np.linalg.norm(scaled, axis=-1, keepdims=True), 1))
 
 
 def absolute_ridge(features: FeatureRows, ridge: float) -> float:
