@@ -1,0 +1,139 @@
+"""Every stage that runs the model does so on a pretended GPU, without mixing devices, to the numbers of the CPU."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_build import changed
+
+import llmattrib.games.retraining
+import llmattrib.model
+import llmattrib.train
+from llmattrib.build import build_features
+from llmattrib.config import RunConfig
+from llmattrib.evaluate.scores import RunScores
+from llmattrib.evaluate.tail_patch import tail_patch_of_run
+from llmattrib.further_training import gold_scores, train_further
+from llmattrib.index import build_index
+from llmattrib.query import Run
+from llmattrib.reduce import reduce_run
+from llmattrib.retrain import retrain, retrained_seeds
+from llmattrib.store import RowStore
+from llmattrib.train import train_adapter
+from tests.pretended_gpu import GPU, MixedDevicesError, pretended_gpu
+from tests.tiny import tiny_adapter_dir, tiny_run
+
+
+@contextmanager
+def on_gpu() -> Iterator[None]:
+    """Load models onto the pretended GPU."""
+    with pytest.MonkeyPatch.context() as patch, pretended_gpu():
+        for module in (llmattrib.model, llmattrib.train, llmattrib.games.retraining):
+            patch.setattr(module, "resolve_device", lambda _: GPU)
+        patch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 40, 1 << 40))
+        yield
+
+
+def everything(config: RunConfig, read: Callable[[RunConfig], Any]) -> tuple[Any, Any]:
+    """Return what `read` says of the run on the pretended GPU, and of the same run on the CPU."""
+    with on_gpu():
+        found = read(changed(config, f"{config.run_dir}-gpu"))
+    return found, read(changed(config, f"{config.run_dir}-cpu"))
+
+
+def test_it_refuses_what_a_gpu_refuses() -> None:
+    with pretended_gpu():
+        here, there = torch.ones(3, requires_grad=True), torch.ones(3, device="cuda")
+        assert (here.device.type, there.device, (there + 1).device, there.cpu().device.type) == ("cpu", GPU, GPU, "cpu")
+        assert here.to(there).is_cuda
+        assert (there[torch.tensor([0, 2])] * torch.tensor(2.0)).is_cuda
+        for mixed in (lambda: here + there, lambda: here[there.long()], lambda: torch.stack([here, there])):
+            with pytest.raises(MixedDevicesError):
+                mixed()
+        with pytest.raises(TypeError, match="cuda:0"):
+            there.numpy()
+        product = here.to(GPU) * 2
+        product.register_hook(lambda gradient: gradient + here.detach())
+        with pytest.raises(MixedDevicesError):
+            product.sum().backward()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("dtype", "features"),
+    [
+        ("float32", {"num_inits": 2}),
+        ("bfloat16", {"output": "pntk", "preconditioner": "ekfac"}),
+        ("float32", {"output": "logits", "sketch": {"kind": "rademacher", "dim": 64}}),
+        ("float16", {"linearisation": "trained"}),
+        ("float32", {"linearisation": "trained", "preconditioner": "ekfac", "sketch": {"kind": "none"}}),
+    ],
+)
+def test_features(tmp_path: Path, family: str, dtype: str, features: dict[str, Any]) -> None:
+    config = tiny_run(tmp_path, family, labels=features.get("output") == "logits", features=features)
+    adapters = []
+    if "linearisation" in features:
+        adapters = [tiny_adapter_dir(tmp_path, config.model.name, seed=seed, name=f"a{seed}") for seed in (0, 1)]
+
+    def rows(run: RunConfig) -> np.ndarray:
+        build_features(run)
+        store = RowStore.open(run.layout.features)
+        return store.read(0, store.manifest.num_rows)
+
+    found, wanted = everything(changed(config, model={"dtype": dtype, "adapters": adapters}), rows)
+    np.testing.assert_array_equal(found, wanted)
+    assert np.abs(found).max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", [False, True])
+def test_from_training_to_answers(tmp_path: Path, labels: bool) -> None:
+    config = tiny_run(
+        tmp_path,
+        labels=labels,
+        features={"linearisation": "trained"},
+        reduce={"methods": ["grad_dot", "tracin_we"]},
+        words={"synonym_cosine": 0.9},
+        evaluate={"tail_patch_top": 2, "num_resamples": 10},
+    )
+    config = changed(config, values={"data": config.data.train, "limit": 3})
+
+    def answers(run: RunConfig) -> list[Any]:
+        train_adapter(run)
+        build_features(run)
+        reduce_run(run)
+        found: list[Any] = []
+        for method in run.reduce.methods:
+            build_index(run, method)
+            hits = Run(run).query("what is the colour of a tree?", method=method, rerank=4, top=3)
+            found += [hits.completion, [(hit.id, round(hit.value, 4)) for hit in (*hits.helpful, *hits.harmful)]]
+        patched = tail_patch_of_run(RunScores(run))
+        return [*found, [(row["method"], round(float(row["change"] or 0), 5)) for row in patched.rows]]
+
+    found, wanted = everything(config, answers)
+    assert found == wanted
+
+
+@pytest.mark.slow
+def test_sub_models_and_further_training(tmp_path: Path) -> None:
+    config = tiny_run(
+        tmp_path,
+        num_rows=6,
+        train={"epochs": 1},
+        retraining={"num_subsets": 2, "shard_size": 2, "num_seeds": 1},
+        gold={"steps": [1], "num_examples": 2, "num_seeds": 1, "shard_size": 2, "dtype": "float64"},
+    )
+    config = changed(config, values={"data": config.data.train, "limit": 2})
+
+    def read(run: RunConfig) -> list[np.ndarray]:
+        train_adapter(run)
+        retrain(run)
+        train_further(run)
+        return [retrained_seeds(run)[1], gold_scores(run)[1]]
+
+    for found, wanted in zip(*everything(config, read), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
