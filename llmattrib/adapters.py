@@ -7,17 +7,18 @@ factor is compared with the base's layers.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence, Set
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from llmattrib.errors import AdapterMismatchError, ModelNotFoundError, UnsupportedAdapterError
+from llmattrib.errors import AdapterMismatchError, ModelNotFoundError, UnsupportedAdapterError, memory_errors
 from llmattrib.storage import exists, read_bytes
-from llmattrib.weights import read_json
+from llmattrib.weight_files import read_json, safetensors_header
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 RECORD = "llmattrib.json"
@@ -44,7 +45,7 @@ def check_adapter(path: Path, base_name: str, base_print: str) -> None:
         base_print: `weights_fingerprint` of the base.
 
     Raises:
-        ModelNotFoundError: a file is missing.
+        ModelNotFoundError: a file is missing, or the weights are not whole.
         UnsupportedAdapterError: it is not plain LoRA.
         AdapterMismatchError: it was made for another base.
     """
@@ -71,6 +72,7 @@ def check_adapter(path: Path, base_name: str, base_print: str) -> None:
             expected="safetensors; pickled adapters are not read",
             fix="save it again",
         )
+    safetensors_header(path / ADAPTER_WEIGHTS)
     _check_base(path, settings, base_name, base_print)
 
 
@@ -151,16 +153,17 @@ def check_shapes(paths: Sequence[Path], base: Any) -> None:
             )
 
 
-def check_tensors(path: Path, wanted: Set[str]) -> None:
+def check_tensors(path: Path, layers: Sequence[str]) -> None:
     """Check that an adapter holds the factors of the layers that its config puts LoRA on, all and no others.
 
     Args:
         path: the PEFT folder.
-        wanted: their names, as PEFT writes them.
+        layers: their names, as PEFT writes them.
 
     Raises:
         AdapterMismatchError: some are missing, which PEFT would leave as drawn, or too many, which it would leave out.
     """
+    wanted = {f"{layer}.{factor}.weight" for layer in layers for factor in ("lora_A", "lora_B")}
     found = _adapter_shapes(path).keys()
     for what, odd in (("lacks", wanted - found), ("holds beyond its config", found - wanted)):
         if odd:
@@ -169,6 +172,26 @@ def check_tensors(path: Path, wanted: Set[str]) -> None:
                 expected=f"the {len(wanted)} factors of the layers that adapter_config.json puts LoRA on",
                 fix="save the adapter again, or correct target_modules and layers_to_transform in adapter_config.json",
             )
+
+
+@contextmanager
+def adapter_errors(path: Path) -> Iterator[None]:
+    """Turn what PEFT says of an adapter that it cannot load into an error that names its folder.
+
+    Raises:
+        AdapterMismatchError: its tensors do not have the shapes of its config, or its config cannot be used.
+        DeviceMemoryError: it does not fit on the device.
+    """
+    try:
+        with memory_errors(str(path), expected="room for the adapter", fix="take a larger device"):
+            yield
+    except (ValueError, TypeError, KeyError, RuntimeError, re.error) as error:
+        said = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise AdapterMismatchError(
+            f"PEFT cannot put {path} on the base model: {said}",
+            expected="tensors, and adapter_config.json, of one adapter of this model",
+            fix="save the adapter again",
+        ) from error
 
 
 def _check_factor(path: Path, key: str, shape: tuple[int, ...], modules: Mapping[str, Any]) -> None:
@@ -182,7 +205,7 @@ def _check_factor(path: Path, key: str, shape: tuple[int, ...], modules: Mapping
             "save_pretrained(..., save_embedding_layers=False)",
         )
     widths = _widths(modules.get(name))
-    if widths is None or (widths[0] != shape[1] if factor == "lora_A" else widths[1] != shape[0]):
+    if widths is None or len(shape) != 2 or (widths[0] != shape[1] if factor == "lora_A" else widths[1] != shape[0]):
         found = "no such linear layer" if widths is None else f"a layer of {widths[0]} inputs and {widths[1]} outputs"
         raise AdapterMismatchError(
             f"{path} holds {key} of shape {shape}, and the base model has {found}",
@@ -192,8 +215,7 @@ def _check_factor(path: Path, key: str, shape: tuple[int, ...], modules: Mapping
 
 
 def _adapter_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    with safe_open(path / ADAPTER_WEIGHTS, framework="pt") as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    return {key: tuple(row["shape"]) for key, row in safetensors_header(path / ADAPTER_WEIGHTS)[1].items()}
 
 
 def _widths(module: Any) -> tuple[int, int] | None:

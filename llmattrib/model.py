@@ -8,6 +8,7 @@ settings of a model's generation config are dropped. The only importer of peft.
 """
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,26 +24,34 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from llmattrib.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, check_adapter, check_shapes, check_tensors, linear_modules
+from llmattrib.adapters import (
+    ADAPTER_WEIGHTS,
+    PEFT_PREFIX,
+    adapter_errors,
+    check_adapter,
+    check_shapes,
+    check_tensors,
+    linear_modules,
+)
 from llmattrib.config import digest
 from llmattrib.device import resolve_device
 from llmattrib.distributed import Sharding
 from llmattrib.errors import ConfigError, OverlongExampleError, UnsupportedAdapterError, first_line, memory_errors
 from llmattrib.rng import stream
 from llmattrib.sections import LoraConfig, ModelConfig
+from llmattrib.weight_files import file_digest, weights_fingerprint
 from llmattrib.weights import (
     check_tokenizer,
     context_length,
-    file_digest,
     load_base,
     load_tokenizer,
     quiet_loading,
     resolve_base,
     tokenizer_fingerprint,
-    weights_fingerprint,
 )
 
 GENERATION_BATCH = 16
+_PEFT_NOTICES = (".*is_gradient_checkpointing", "fan_in_fan_out is set", ".*tie_word_emb", "Found missing adapter keys")
 
 
 @dataclass(frozen=True)
@@ -95,10 +104,8 @@ class LoadedModel:
     @property
     def pad_id(self) -> int:
         """The token to pad with; masks never depend on it."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if isinstance(token, int):
-                return token
-        return 0
+        tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in tokens if isinstance(token, int)), 0)
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
@@ -147,9 +154,8 @@ class LoadedModel:
         answers: list[list[int]] = [[] for _ in prompts]
         for start in range(0, len(order), GENERATION_BATCH):
             rows = order[start : start + GENERATION_BATCH]
-            for row, answer in zip(
-                rows, self._generate([prompts[r] for r in rows], max_new_tokens, stop_ids), strict=True
-            ):
+            found = self._generate([prompts[row] for row in rows], max_new_tokens, stop_ids)
+            for row, answer in zip(rows, found, strict=True):
                 answers[row] = answer
         return answers
 
@@ -220,8 +226,7 @@ def load_model(
         loaded.device = resolve_device(device or config.device)
     _only_trainable(model, [])
     model.eval()
-    weights = "+".join(file_digest(path / ADAPTER_WEIGHTS)[:32] for path in paths)
-    loaded.fingerprint = fingerprint | {"lora": _lora_fingerprint(loaded), "adapters": weights or "none"}
+    loaded.fingerprint = fingerprint | _lora_fingerprint(loaded, paths)
     return loaded
 
 
@@ -250,8 +255,7 @@ def prepare_trainable(
     for module in loaded.model.modules():  # the base model's own dropout stays off
         if isinstance(module, PeftLoraLayer):
             module.lora_dropout.train()
-    weights = "none" if not paths else file_digest(paths[0] / ADAPTER_WEIGHTS)[:32]
-    loaded.fingerprint = fingerprint | {"lora": _lora_fingerprint(loaded), "adapters": weights}
+    loaded.fingerprint = fingerprint | _lora_fingerprint(loaded, paths)
     return loaded
 
 
@@ -309,13 +313,13 @@ def _open_base(
 def _given(base: Any, paths: Sequence[Path], names: Sequence[str]) -> peft.PeftModel:
     """Put adapters from their folders on the base model."""
     check_shapes(paths, base)
-    with _peft_quiet():
-        model = peft.PeftModel.from_pretrained(base, paths[0], adapter_name=names[0])
-        for name, path in zip(names[1:], paths[1:], strict=True):
-            model.load_adapter(path, adapter_name=name)
     for name, path in zip(names, paths, strict=True):
-        layers = [n for n, m in model.named_modules() if isinstance(m, PeftLoraLayer) and name in m.lora_A]
-        check_tensors(path, {f"{layer}.{factor}.weight" for layer in layers for factor in ("lora_A", "lora_B")})
+        with adapter_errors(path), _peft_quiet():
+            if name == names[0]:
+                model = peft.PeftModel.from_pretrained(base, path, adapter_name=name)
+            else:
+                model.load_adapter(path, adapter_name=name)
+        check_tensors(path, [n for n, m in model.named_modules() if isinstance(m, PeftLoraLayer) and name in m.lora_A])
     return model
 
 
@@ -366,7 +370,7 @@ def _attach(base: Any, shape: peft.LoraConfig) -> peft.PeftModel:
     try:
         with _peft_quiet(), torch.random.fork_rng(devices=[]):
             model: peft.PeftModel = peft.get_peft_model(base, shape)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         linear = sorted({name.rpartition(".")[2] for name, _ in linear_modules(base)})
         raise ConfigError(
             f"model.lora does not fit the model: {first_line(error)}",
@@ -417,8 +421,7 @@ def lora_layers(model: peft.PeftModel, adapter: str) -> list[LoraLayer]:
 
 
 def _loaded(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, names: list[str], context: int) -> LoadedModel:
-    device = next(model.parameters()).device
-    return LoadedModel(model, tokenizer, device, lora_layers(model, names[0]), names, context)
+    return LoadedModel(model, tokenizer, next(model.parameters()).device, lora_layers(model, names[0]), names, context)
 
 
 def _only_trainable(model: nn.Module, trainable: Sequence[Tensor]) -> None:
@@ -428,21 +431,20 @@ def _only_trainable(model: nn.Module, trainable: Sequence[Tensor]) -> None:
         parameter.requires_grad_(id(parameter) in wanted)
 
 
-def _lora_fingerprint(loaded: LoadedModel) -> str:
-    """Describe the adapter's shape: rank and scaling of each layer, short when they are all the same."""
+def _lora_fingerprint(loaded: LoadedModel, paths: Sequence[Path]) -> dict[str, str]:
+    """Describe the adapters: weights, and shape, rank and scaling of each layer, short when they are all the same."""
     adapter = loaded.adapter_names[0]
     rows = [(layer.name, layer.factors(adapter)[0].shape[0], layer.factors(adapter)[2]) for layer in loaded.layers]
     ranks, scalings = sorted({row[1] for row in rows}), sorted({row[2] for row in rows})
-    return f"rank {ranks} scaling {scalings} on {len(rows)} layers {digest(rows)}"
+    weights = "+".join(file_digest(path / ADAPTER_WEIGHTS)[:32] for path in paths) or "none"
+    return {"lora": f"rank {ranks} scaling {scalings} on {len(rows)} layers {digest(rows)}", "adapters": weights}
 
 
 @contextmanager
 def _peft_quiet() -> Iterator[None]:
-    """Ignore PEFT's notices that say nothing to a user of this package."""
+    """Ignore PEFT's notices that say nothing to a user of this package; missing keys are an error here."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)  # are an error
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
+        for notice in _PEFT_NOTICES:
+            warnings.filterwarnings("ignore", message=notice)
         with quiet_loading():
             yield

@@ -26,7 +26,7 @@ from llmattrib.games.subset_table import DESIGNS, Design, SubsetRows
 from llmattrib.progress import Progress, silent
 from llmattrib.seed_tables import Game, SeedTables, Worth
 from llmattrib.train import encode_without_weights, training_inputs
-from llmattrib.weights import file_digest
+from llmattrib.weight_files import file_digest
 
 MADE_BY = "llmattrib retrain"
 

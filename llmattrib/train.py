@@ -30,15 +30,13 @@ from llmattrib.finetune import FineTuning
 from llmattrib.model import LoadedModel, prepare_trainable, save_adapter
 from llmattrib.progress import Progress, silent
 from llmattrib.storage import atomic_write, named_errors, require_space
+from llmattrib.weight_files import file_digest, read_json, weights_fingerprint
 from llmattrib.weights import (
     context_length,
-    file_digest,
     load_tokenizer,
     new_folder,
-    read_json,
     resolve_base,
     tokenizer_fingerprint,
-    weights_fingerprint,
 )
 
 _OTHERS = ("num_adapters", "checkpoints")

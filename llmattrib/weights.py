@@ -1,20 +1,18 @@
-"""Where base models and tokenizers lie: names to local folders, GGUF conversion, fingerprints.
+"""Where base models and tokenizers lie and how they are loaded: names to local folders, GGUF conversion.
 
 A name is a hub id, a folder, a `.gguf` file or `package:NAME/FILE`. Hub models are downloaded whole (safetensors,
 configs, tokenizer); GGUF files are de-quantised once through transformers into a float32 folder under the user's
 cache (`LLMATTRIB_CACHE`, else `$XDG_CACHE_HOME/llmattrib`, else `~/.cache/llmattrib`), keyed by the file's sha256.
-Pickled weights are never read. Fingerprints of weights sample the files and hold no tensors: 4 KB of each tensor and
-256 KB of each file, so a changed byte elsewhere in a file of the same size and header goes unseen.
+Pickled weights are never read.
 """
 
-import hashlib
 import importlib.util
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,11 +37,10 @@ from llmattrib.distributed import Sharding
 from llmattrib.errors import ModelNotFoundError, TokenizerMismatchError, first_line, memory_errors
 from llmattrib.sections import ModelConfig
 from llmattrib.storage import named_errors, require_space
+from llmattrib.weight_files import file_digest, weight_files
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
 _CONVERSION = "1"  # raise when the conversion changes, so that old copies are not read
-_NUM_BLOCKS, _BLOCK_SIZE = 64, 4096
-_VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 
 def resolve_base(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
@@ -100,13 +98,13 @@ def converted_gguf(path: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise ModelNotFoundError(f"{path} needs the package gguf", fix="pip install gguf")
     with named_errors(str(target)), new_folder(target) as temporary, quiet_loading():
-        try:
+        with _reading(
+            f"transformers cannot read {path}",
+            expected="a whole GGUF file of a supported architecture",
+            fix="copy it again, or take safetensors",
+        ):
             quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelNotFoundError(
-                f"transformers cannot read {path}: {error}", expected="a GGUF file of a supported architecture"
-            ) from error
         num_bytes = 4 * sum(parameter.numel() for parameter in quantised.parameters())
         require_space(str(temporary), num_bytes, "free some space, or set LLMATTRIB_CACHE to a larger disk")
         # The model calls itself quantised and refuses to be saved; a plain one with the same numbers does not.
@@ -134,17 +132,14 @@ def load_architecture(name: str, *, revision: str | None = None, trust_remote_co
     """
     path = _local_path(name)
     place = path.parent if path.suffix == ".gguf" else path if path.exists() else name
-    try:
-        with quiet_loading():
-            loaded: PreTrainedConfig = AutoConfig.from_pretrained(
-                place, revision=revision, trust_remote_code=trust_remote_code, **_gguf_file(path)
-            )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelNotFoundError(
-            f"the architecture of {name} cannot be read: {first_line(error)}",
-            expected="config.json of an architecture that transformers has",
-            fix="set plan.architecture to the model's config.json; configs/architectures has some",
-        ) from error
+    with _reading(
+        f"the architecture of {name} cannot be read",
+        expected="config.json of an architecture that transformers has",
+        fix="set plan.architecture to the model's config.json; configs/architectures has some",
+    ):
+        loaded: PreTrainedConfig = AutoConfig.from_pretrained(
+            place, revision=revision, trust_remote_code=trust_remote_code, **_gguf_file(path)
+        )
     return loaded
 
 
@@ -160,13 +155,10 @@ def load_tokenizer_alone(
     if path.is_dir() or _bringing_tokenizers(adapters):
         return load_tokenizer(path, adapters, trust_remote_code=trust_remote_code)
     place = path.parent if path.suffix == ".gguf" else name
-    try:
-        with quiet_loading():
-            return AutoTokenizer.from_pretrained(
-                place, revision=revision, trust_remote_code=trust_remote_code, **_gguf_file(path)
-            )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelNotFoundError(f"the tokenizer of {name} cannot be read: {first_line(error)}") from error
+    with _reading(f"the tokenizer of {name} cannot be read"):
+        return AutoTokenizer.from_pretrained(
+            place, revision=revision, trust_remote_code=trust_remote_code, **_gguf_file(path)
+        )
 
 
 def _gguf_file(path: Path) -> dict[str, str]:
@@ -202,7 +194,7 @@ def load_base(
                 output_loading_info=True,
                 **quantised,
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelNotFoundError(
             f"{config.name} cannot be loaded: {first_line(error)}",
             expected="a causal language model with safetensors weights",
@@ -239,15 +231,12 @@ def load_tokenizer(
     sources = _bringing_tokenizers(adapters) or [folder]
     tokenizers: list[PreTrainedTokenizerBase] = []
     for source in sources:
-        try:
-            with quiet_loading():
-                tokenizers.append(AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code))
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelNotFoundError(
-                f"{source} has no usable tokenizer: {first_line(error)}",
-                expected="tokenizer.json and tokenizer_config.json",
-                fix="save the tokenizer into that folder",
-            ) from error
+        with _reading(
+            f"{source} has no usable tokenizer",
+            expected="tokenizer.json and tokenizer_config.json",
+            fix="save the tokenizer into that folder",
+        ):
+            tokenizers.append(AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code))
     prints = [tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers]
     if any(other != prints[0] for other in prints):
         raise TokenizerMismatchError(
@@ -268,14 +257,12 @@ def context_length(folder: Path, tokenizer: PreTrainedTokenizerBase, *, trust_re
     Raises:
         ModelNotFoundError: transformers does not know the architecture, or may not run the model's own code.
     """
-    try:
+    with _reading(
+        f"{folder / 'config.json'} cannot be used",
+        expected="an architecture that transformers has",
+        fix="check model.name; if the model brings Python files of its own, model.trust_remote_code=true runs them",
+    ):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelNotFoundError(
-            f"{folder / 'config.json'} cannot be used: {first_line(error)}",
-            expected="an architecture that transformers has",
-            fix="check model.name; if the model brings Python files of its own, model.trust_remote_code=true runs them",
-        ) from error
     context = getattr(config, "max_position_embeddings", None)
     return context if isinstance(context, int) and context > 0 else int(tokenizer.model_max_length)
 
@@ -301,62 +288,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     state["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     template = tokenizer.chat_template
     return {"tokenizer": digest(state), "chat_template": digest(template) if template else "none"}
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return a model folder's safetensors files, sorted by name.
-
-    Raises:
-        ModelNotFoundError: there are none, or some that its index names are missing.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ModelNotFoundError(
-                f"{folder} lacks {len(missing)} of {len(names)} weight files, the first {missing[0]}",
-                fix="download the model again",
-            )
-        return [folder / name for name in names]
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise ModelNotFoundError(
-            f"{folder} has no safetensors weights",
-            expected="model.safetensors; pickled weights are not read",
-            fix="convert the model with save_pretrained",
-        )
-    return files
-
-
-def weights_fingerprint(folder: Path) -> str:
-    """Return a hash (hex) over a model folder's config and samples of its weight files.
-
-    Of each file: size, header, the first 4 KB of every tensor, and 64 evenly spaced blocks of 4 KB.
-    """
-    config = read_json(folder / "config.json")
-    state = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True).encode())
-    for path in weight_files(folder):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            header = file.read(int.from_bytes(prefix, "little"))
-            state.update(size.to_bytes(8, "little") + prefix + header)
-            start = file.tell()
-            starts = [row["data_offsets"] for name, row in json.loads(header).items() if name != "__metadata__"]
-            blocks = [(begin, min(end - begin, _BLOCK_SIZE)) for begin, end in sorted(starts)]
-            last = max(size - start - _BLOCK_SIZE, 0)
-            blocks += [(last * number // (_NUM_BLOCKS - 1), _BLOCK_SIZE) for number in range(_NUM_BLOCKS)]
-            for begin, length in blocks:
-                file.seek(start + begin)
-                state.update(file.read(length))
-    return state.hexdigest()[:32]
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -390,23 +321,14 @@ def quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def read_json(path: Path) -> Mapping[str, Any]:
-    """Read a JSON object from a model's or adapter's folder.
-
-    Raises:
-        ModelNotFoundError: there is no such file, or it is not a JSON object.
-    """
+@contextmanager
+def _reading(what: str, *, expected: str = "", fix: str = "") -> Iterator[None]:
+    """Turn any error of a library about a file into ModelNotFoundError; tokenizers and gguf raise all kinds."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelNotFoundError(
-            f"there is no {path}", expected=f"a folder with {path.name}", fix="check model.name and model.adapters"
-        ) from error
-    except ValueError as error:
-        raise ModelNotFoundError(f"{path} is not JSON: {error}", fix="save the model again") from error
-    if not isinstance(tree, dict):
-        raise ModelNotFoundError(f"{path} holds a {type(tree).__name__}", expected="a JSON object")
-    return tree
+        with quiet_loading():
+            yield
+    except Exception as error:
+        raise ModelNotFoundError(f"{what}: {first_line(error)}", expected=expected, fix=fix) from error
 
 
 def _local_path(name: str) -> Path:

@@ -12,7 +12,7 @@ from llmattrib.adapters import ADAPTER_WEIGHTS, RECORD, check_adapter, check_sha
 from llmattrib.errors import AdapterMismatchError, ModelNotFoundError, UnsupportedAdapterError
 from llmattrib.model import load_model
 from llmattrib.sections import ModelConfig
-from llmattrib.weights import weights_fingerprint
+from llmattrib.weight_files import weights_fingerprint
 from tests.tiny import tiny_adapter_dir, tiny_model, tiny_model_dir
 
 
@@ -72,6 +72,29 @@ def test_missing_files(tmp_path: Path, folders: tuple[str, str]) -> None:
         ModelNotFoundError, match=r"(?s)has no adapter_model\.safetensors.*pickled adapters are not read"
     ):
         load_model(ModelConfig(name=base, device="cpu"), adapters=[str(path)])
+
+
+def test_folders_that_peft_cannot_load(tmp_path: Path, folders: tuple[str, str]) -> None:
+    base, adapter = folders
+
+    def load(path: Path) -> None:
+        load_model(ModelConfig(name=base, device="cpu"), adapters=[str(path)])
+
+    weights = Path(adapter, ADAPTER_WEIGHTS)
+    with pytest.raises(ModelNotFoundError, match=r"adapter_config\.json cannot be read: Not a directory"):
+        load(weights)
+    path = edited(tmp_path, adapter)
+    (path / ADAPTER_WEIGHTS).write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ModelNotFoundError, match=r"is no whole safetensors file: it holds [\d,]+ bytes by its header"):
+        load(path)
+    with pytest.raises(AdapterMismatchError, match=r"PEFT cannot put .*: Error.* size mismatch for .*lora_A"):
+        load(edited(tmp_path / "rank", adapter, r=3))
+    with pytest.raises(AdapterMismatchError, match=r"PEFT cannot put .*: unterminated character set"):
+        load(edited(tmp_path / "regex", adapter, target_modules="[a"))
+    path, flat = edited(tmp_path / "flat", adapter), load_file(weights)
+    save_file({key: tensor.ravel() for key, tensor in flat.items()}, path / ADAPTER_WEIGHTS)
+    with pytest.raises(AdapterMismatchError, match=r"of shape \(\d+,\), and the base model has a layer of"):
+        load(path)
 
 
 def test_an_adapter_of_another_base_by_name(tmp_path: Path, folders: tuple[str, str]) -> None:

