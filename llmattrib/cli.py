@@ -77,6 +77,13 @@ def _next(command: str, target: str, overrides: list[str] | None) -> str:
     return "next: " + shlex.join(["llmattrib", command, target, *(overrides or [])])
 
 
+def _next_query(run: "RunConfig", target: str, overrides: list[str] | None) -> str:
+    """Return the line that names a query; with a method where this run was not reduced by the default one."""
+    methods = run.reduce.methods
+    method = [] if run.query.method in methods else ["--method", methods[0]]
+    return _next("query", target, [*(overrides or []), *method]) + ' --prompt "..."'
+
+
 def _load(target: str, overrides: list[str] | None) -> "RunConfig":
     from llmattrib.config import load_config
 
@@ -201,8 +208,9 @@ def index(config: Config, overrides: Overrides = None, quiet: Quiet = False, deb
     from llmattrib import console
 
     with console.reporting(debug):
-        _index(_load(config, overrides), quiet)
-        _say(quiet, _next("query", config, overrides) + ' --prompt "..."')
+        loaded = _load(config, overrides)
+        _index(loaded, quiet)
+        _say(quiet, _next_query(loaded, config, overrides))
 
 
 def _index(run: "RunConfig", quiet: bool) -> None:
@@ -228,7 +236,7 @@ def run(config: Config, overrides: Overrides = None, quiet: Quiet = False, debug
         _build(loaded, quiet)
         _reduce(loaded, quiet)
         _index(loaded, quiet)
-        _say(quiet, _next("query", config, overrides) + ' --prompt "..."')
+        _say(quiet, _next_query(loaded, config, overrides))
 
 
 @app.command(rich_help_panel="Start here")

@@ -84,6 +84,18 @@ class RunConfig(Section):
         return "float16" if self.features.sketch.kind == "none" else "int8"
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    """YAML whose mappings name no key twice; PyYAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, (key, _) in enumerate(node.value):
+            if isinstance(key, yaml.ScalarNode) and key.value in names[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
 def parse_override(text: str) -> tuple[list[str], Any]:
     """Split `section.key=value` into its key path and its value read as YAML.
 
@@ -93,9 +105,13 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     key, equals, value = text.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
-        raise ConfigError(f"override {text!r} is not understood", expected="section.key=value")
+        raise ConfigError(
+            f"override {text!r} is not understood",
+            expected="section.key=value",
+            fix="what `query` is to ask goes behind --prompt",
+        )
     try:
-        return path, yaml.safe_load(value)
+        return path, yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r} has a value that is not YAML", expected="section.key=value") from error
 
@@ -118,7 +134,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     is_run = not place.endswith((".yaml", ".yml")) if "://" in place else Path(place).is_dir()
     file = RunLayout(place).config if is_run else place
     try:
-        tree = yaml.safe_load(read_bytes(file).decode())
+        tree = yaml.load(read_bytes(file).decode(), _Loader)
     except OSError as error:
         raise ConfigError(
             f"config {file} cannot be read ({error.strerror or error})",
@@ -126,7 +142,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             fix="name a YAML file; configs/ has examples",
         ) from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config {file} is not YAML: {error}", fix="correct the file at the place named") from error
+        raise ConfigError(
+            f"config {file} is not YAML that can be read: {error}", fix="correct the file at the place named"
+        ) from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config {file} holds no settings", expected="a YAML mapping with run_dir, model and data")
     if is_run:
@@ -166,8 +184,8 @@ def validate_config(tree: Mapping[str, Any], source: str = "config") -> RunConfi
 
 _PLAIN = {
     "missing": "is missing",
-    "model_type": "is no section; write its settings below it, or leave it out",
-    "tuple_type": "is no list; write [a, b]",
+    "model_type": "is no section: write its settings below it, or leave it out",
+    "tuple_type": "is no list: write [a, b]",
 }
 """Types of pydantic's errors -> what is said instead where its own words are of Python."""
 
@@ -182,9 +200,9 @@ def _complaint(item: Mapping[str, Any]) -> str:
         section = section.model_fields[name].annotation
     near = difflib.get_close_matches(str(key), section.model_fields, 1)
     return (
-        f"is no setting; did you mean {near[0]}?"
+        f"is no setting, did you mean {near[0]}?"
         if near
-        else f"is no setting; there are {', '.join(section.model_fields)}"
+        else f"is no setting, there are {', '.join(section.model_fields)}"
     )
 
 

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.progress import (
     BarColumn,
@@ -205,7 +207,7 @@ def _hits_table(title: str, style: str, rows: Sequence[Hit], width: int) -> Tabl
     table.add_column("#", justify="right", style="dim")
     table.add_column("value", justify="right", style=style)
     table.add_column("share", justify="right")
-    id_width = min(max(len(printable(hit.id)) for hit in rows), max(width // 4, 8))
+    id_width = min(max(len("id"), *(cell_len(printable(hit.id)) for hit in rows)), max(width // 4, 8))
     table.add_column("id", width=id_width, no_wrap=True, overflow="ellipsis")
     table.add_column("example", no_wrap=True, overflow="ellipsis")
     used = 2 * 4 + max(len(str(len(rows))), 1) + 9 + 6 + id_width
@@ -267,6 +269,14 @@ def print_methods() -> None:
         Console().print(table)
 
 
+def _print_whole(table: Table) -> None:
+    """Print a table of numbers as wide as it is: lines that wrap can be read, numbers that are cut cannot."""
+    console = Console()
+    endless = console.options.update(max_width=10_000)
+    console.width = max(console.width, Measurement.get(console, endless, table).maximum)
+    console.print(table)
+
+
 def print_profile(q: Sequence[float], columns: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
     """Print values along the q-axis.
 
@@ -283,7 +293,7 @@ def print_profile(q: Sequence[float], columns: Mapping[str, tuple[Sequence[float
     for node in range(0, len(q), step):
         cells = (f(column[node]) for pair in columns.values() for f, column in zip((_value, _share), pair, strict=True))
         table.add_row(f"{q[node]:.4g}", *cells)
-    Console().print(table)
+    _print_whole(table)
 
 
 def _value(value: float) -> str:
@@ -305,7 +315,7 @@ def print_records(records: Sequence[Mapping[str, object]], *, as_json: bool) -> 
         table.add_column(key.replace("_", " "), justify="right")
     for record in records:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in record.values()))
-    Console().print(table)
+    _print_whole(table)
 
 
 def print_evaluation(rows: Sequence[Mapping[str, object]], notes: Sequence[str], *, as_json: bool) -> None:
@@ -357,8 +367,11 @@ def print_plan(plan: "Plan") -> None:
     table.add_column()
     for name, text in rows.items():
         table.add_row(name, Text(printable(text)))
-    for part in (table, "", _scale_table(plan), "", _reduce_table(plan)):
-        console.print(part)
+    console.print(table)
+    for part in (_scale_table(plan), _reduce_table(plan)):
+        console.print()
+        _print_whole(part)
+    console.print()
     console.print(
         f"Hours are of build on one device, for an efficiency of {plan.efficiency:g} of its dense peak "
         "(A100 312, H100 989, CPU of 16 cores 1.5 TFLOP/s): computed, not measured.",

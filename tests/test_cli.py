@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -129,6 +131,18 @@ def test_run_does_every_stage_and_names_what_it_wrote(done: tuple[str, RunConfig
     measured = r"sum-rule error \d\.\de-\d\d, bias [\d.]+% \+- [\d.]+% \(at most [\d.]+%, 32 draws\)"
     assert re.search(rf"shapley, ridge [\d.e-]+, {measured}", result.stdout)
     assert result.stdout.rstrip().endswith(f'next: llmattrib query {path} --prompt "..."')
+
+
+def test_the_query_that_is_next_names_a_method_that_the_run_has(
+    done: tuple[str, RunConfig, Any], tmp_path: Path
+) -> None:
+    path, config, _ = done
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    overrides = (f"run_dir={tmp_path / 'run'}", "reduce.methods=[trak]")
+    last = llmattrib("index", path, *overrides).stdout.splitlines()[-1]
+    command = shlex.split(last.removeprefix("next: llmattrib ").replace("...", "what is a tree?"))
+    assert command[-4:] == ["--method", "trak", "--prompt", "what is a tree?"]
+    assert "trak: values of 12 examples" in llmattrib(*command).stdout
 
 
 def test_running_again_keeps_what_is_finished(done: tuple[str, RunConfig, Any]) -> None:
@@ -375,6 +389,15 @@ def test_wide_characters_are_counted_in_cells() -> None:
     text = console.example_text("中" * 40, "文" * 4, 40)
     assert text.cell_len <= 40
     assert text.plain.endswith("文" * 4)
+
+
+def test_short_and_wide_ids_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("7", "行一"):
+        rows = [Hit(1, 7, name, "p", "c", 1.0, 1.0)]
+        console.print_values(rows, rows)
+        heading, row = capsys.readouterr().out.splitlines()[-2:]
+        assert heading.split() == ["#", "value", "share", "id", "example"]
+        assert row.split() == ["1", "+1", "+100.0%", name, "p", "→", "c"]
 
 
 def test_ids_are_text_not_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,11 +74,11 @@ def test_every_shipped_config_is_accepted(path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.nmae=x", r"model\.nmae: is no setting; did you mean name\? \(found 'x'\)"),
-        ("plan.colour=x", r"plan\.colour: is no setting; there are architecture, num_examples, .* \(found 'x'\)"),
+        ("model.nmae=x", r"model\.nmae: is no setting, did you mean name\? \(found 'x'\)"),
+        ("plan.colour=x", r"plan\.colour: is no setting, there are architecture, num_examples, .* \(found 'x'\)"),
         ("train.learning_rate=.inf", r"train\.learning_rate: Input should be a finite number \(found inf\)"),
-        ("train=", r"train: is no section; write its settings below it, or leave it out \(found None\)"),
-        ("model.adapters=a/b", r"model\.adapters: is no list; write \[a, b\] \(found 'a/b'\)"),
+        ("train=", r"train: is no section: write its settings below it, or leave it out \(found None\)"),
+        ("model.adapters=a/b", r"model\.adapters: is no list: write \[a, b\] \(found 'a/b'\)"),
         ("model.adapters=[a/b, ./a/b/]", r"model\.adapters: .*one adapter is named twice"),
         ("features.output=los", r"features\.output: Input should be 'loss', 'log_odds'.*\(found 'los'\)"),
         ("features.sketch.dim=0", r"features\.sketch\.dim: Input should be greater than 0"),
@@ -165,7 +165,14 @@ def test_missing_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "is not YAML"), (b"\xff\xfe", "is not YAML"), ("- a", "holds no settings"), ("", "holds no settings")],
+    [
+        ("a: [", "is not YAML"),
+        ("a: {b: 1}\nc: {d: 1, d: 2}", r"(?s)'d' stands twice\s+in .*line 2"),
+        ("a: 1\nb: 2\na: 3", r"(?s)'a' stands twice\s+in .*line 3"),
+        (b"\xff\xfe", "is not YAML"),
+        ("- a", "holds no settings"),
+        ("", "holds no settings"),
+    ],
 )
 def test_file_that_is_no_mapping(tmp_path: Path, text: str | bytes, message: str) -> None:
     path = tmp_path / "config.yaml"
@@ -176,7 +183,9 @@ def test_file_that_is_no_mapping(tmp_path: Path, text: str | bytes, message: str
 
 @pytest.mark.parametrize("text", ["seed", "=1", ".seed=1", "model..name=x"])
 def test_override_without_key_or_value(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"override .* is not understood\n  expected: section\.key=value"):
+    with pytest.raises(
+        ConfigError, match=r"override .* is not understood\n  expected: section\.key=value\n.*behind --prompt"
+    ):
         parse_override(text)
 
 

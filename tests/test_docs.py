@@ -205,7 +205,7 @@ def test_faults_are_found() -> None:
     assert broken_links(BAD, place) == ["nothing.md", "architecture.md#no-such-part"]
     assert wrong_settings(spans(BAD)) == ["features.sketch.dims", "reduce.ridge=-1", "features.output: los"]
     assert [found.partition("; ")[0] for found in wrong_configs(BAD)] == [
-        "config is not accepted: features.sketch.dims: is no setting; did you mean dim? (found 3)"
+        "config is not accepted: features.sketch.dims: is no setting, did you mean dim? (found 3)"
     ]
     assert wrong_commands(BAD) == [
         "rduce runs/demo",
