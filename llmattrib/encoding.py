@@ -141,7 +141,7 @@ def encode_prompt(prompt: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
         DataError: the template rejects the turns, or no token comes out.
     """
     text, with_bos = render_prompt(prompt, tokenizer, config)
-    ids = list(tokenizer(text, add_special_tokens=with_bos)["input_ids"])
+    ids = _ids(tokenizer, text, with_bos)
     if with_bos and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # tokenizers that end every text
         ids.pop()
     if not ids:
@@ -358,8 +358,9 @@ def _parts(
     return prefix, [label_token_ids(tokenizer, config)[label]], label
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, with_bos: bool = False) -> list[int]:
+    # not verbose: it would warn of texts longer than the context, which the overlong policy speaks of
+    return list(tokenizer(text, add_special_tokens=with_bos, verbose=False)["input_ids"])
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], *, add_generation_prompt: bool) -> str:

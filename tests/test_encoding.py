@@ -171,6 +171,15 @@ def test_overlong_examples_are_counted_and_the_first_is_named() -> None:
         encode(examples_of_three_lengths()[1], tiny_tokenizer(), overlong("skip"), max_length=40)
 
 
+def test_no_library_warns_of_what_the_overlong_policy_speaks_of() -> None:
+    tokenizer = tiny_tokenizer()
+    warned: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.tokenization_utils_base.logger.warning", warned.append)
+        encode(example("tree " * 200), tokenizer, overlong("truncate"), max_length=100)
+    assert warned == []
+
+
 def test_overlong_examples_are_skipped_and_counted() -> None:
     kept = encode_all(examples_of_three_lengths(), tiny_tokenizer(), overlong("skip"), 40)
     assert [item.id for item in kept.examples] == ["short"]
