@@ -49,7 +49,12 @@ def extend(store: RowStore, manifest: Manifest, encoded: EncodedSet, saved: str)
     )
     keys = differing(stored.compared(), as_before.compared())
     if keys:
-        raise FingerprintMismatchError(store.path, keys | _first_changed(stored, encoded.examples, saved))
+        raise FingerprintMismatchError(
+            store.path,
+            keys | _first_changed(stored, encoded.examples, saved),
+            expected="the same model, adapter, data (rows may be added at its end), output function, linearisation "
+            "point, sketch and dtype",
+        )
     num_new = manifest.num_rows - stored.num_rows
     if num_new:
         counts = {name: manifest.info[name] for name in ("num_truncated", "num_skipped")}
@@ -72,7 +77,13 @@ def require_data(store: RowStore, encoded: EncodedSet, saved: str) -> None:
     now = {"num_rows": len(encoded.encoded), "data": content_fingerprint(encoded.examples, encoded.encoded)}
     keys = differing({"num_rows": stored.num_rows, "data": stored.fingerprint["data"]}, now)
     if keys:
-        raise FingerprintMismatchError(store.path, keys | _first_changed(stored, encoded.examples, saved))
+        raise FingerprintMismatchError(
+            store.path,
+            keys | _first_changed(stored, encoded.examples, saved),
+            expected="features of the examples that training reads now",
+            fix="run `llmattrib build` and what follows if rows were only added at the end of the data, else restore "
+            "the data, or name another run_dir",
+        )
 
 
 def _first_changed(stored: Manifest, now: Sequence[Example], saved: str) -> dict[str, tuple[Any, Any]]:

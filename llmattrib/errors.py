@@ -141,17 +141,21 @@ class FingerprintMismatchError(StoreError):
     Args:
         path: the store.
         differing: key -> (value in the store, value now).
+        expected: what has to be as it was.
+        fix: what the user can do about it.
     """
 
-    def __init__(self, path: str, differing: Mapping[str, tuple[object, object]]) -> None:
+    def __init__(
+        self,
+        path: str,
+        differing: Mapping[str, tuple[object, object]],
+        *,
+        expected: str = "the same model, adapter, data, output function, linearisation point, sketch and dtype",
+        fix: str = "restore those settings, or name another run_dir, or delete the store to compute it again",
+    ) -> None:
         self.differing = dict(differing)
         rows = "; ".join(f"{key}: stored {old!r}, now {new!r}" for key, (old, new) in self.differing.items())
-        super().__init__(
-            f"{path} was made with other settings ({rows})",
-            expected="the same model, adapter, data (rows may be added at its end), output function, "
-            "linearisation point, sketch and dtype",
-            fix="restore those settings, or name another run_dir, or delete the store to compute it again",
-        )
+        super().__init__(f"{path} was made with other settings ({rows})", expected=expected, fix=fix)
 
 
 class IncompleteStoreError(StoreError):

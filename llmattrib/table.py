@@ -27,6 +27,8 @@ from llmattrib.groups import make_array, open_array, open_group, read_attributes
 from llmattrib.manifest import differing
 
 SCHEMA = 2
+SAME = "the same examples, prompts and settings: a table grows by subsets, not by examples"
+"""What a table is refused without."""
 _KEY = "llmattrib_table"
 
 
@@ -102,7 +104,7 @@ class TableStore:
         table = cls.open(path, read_only=False)
         keys = differing(table.manifest.compared(), manifest.compared())
         if keys:
-            raise FingerprintMismatchError(path, keys)
+            raise FingerprintMismatchError(path, keys, expected=SAME)
         for folder in ("", "/commits", *(f"/{name}" for name in manifest.columns)):
             storage.remove_partial(path + folder)
         return table

@@ -184,7 +184,7 @@ def training_inputs(config: RunConfig) -> tuple[EncodedSet, dict[str, Any]]:
 def _matching_record(folder: Path, fingerprint: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the record beside an adapter, or raise FingerprintMismatchError when it is of another run."""
     if not (folder / RECORD).is_file():
-        raise FingerprintMismatchError(str(folder), {RECORD: ("none: not trained here", "a record of this run")})
+        _compare(folder, {RECORD: "none: not trained here"}, {RECORD: "a record of this run"})
     record = read_json(folder / RECORD)
     _compare(folder, record.get("fingerprint", {}), fingerprint)
     return record
@@ -193,7 +193,14 @@ def _matching_record(folder: Path, fingerprint: Mapping[str, Any]) -> Mapping[st
 def _compare(path: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     keys = [key for key in sorted({*stored, *now}) if stored.get(key) != now.get(key)]
     if keys:
-        raise FingerprintMismatchError(str(path), {key: (stored.get(key), now.get(key)) for key in keys})
+        kept = "; to keep it, name it in model.adapters: rows added at the end of the data then get features at it"
+        raise FingerprintMismatchError(
+            str(path),
+            {key: (stored.get(key), now.get(key)) for key in keys},
+            expected="the same base model, data, seed and settings of train and model.lora; nothing is added to what "
+            "is trained",
+            fix=f"restore those, or delete {path} to train again, or name another run_dir{kept * path.is_dir()}",
+        )
 
 
 def _train(

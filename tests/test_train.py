@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llmattrib.build import build_features
 from llmattrib.config import RunConfig, validate_config
 from llmattrib.data import load_examples
 from llmattrib.encoding import Encoded, encode_all
@@ -208,8 +209,9 @@ def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
     other = config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": 1e-3})})
     with pytest.raises(
         FingerprintMismatchError, match=r"adapter\.state\.safetensors .*learning_rate: stored 0\.005, now"
-    ):
+    ) as caught:
         train_adapter(other)
+    assert caught.value.fix.endswith("adapter.state.safetensors to train again, or name another run_dir")
 
 
 def test_progress_counts_sequences(tmp_path: Path) -> None:
@@ -249,6 +251,20 @@ def test_another_run_is_refused(tmp_path: Path, section: str, change: dict[str, 
     changed = config.model_copy(update={section: getattr(config, section).model_copy(update=change)})
     with pytest.raises(FingerprintMismatchError, match=key):
         train_adapter(changed)
+
+
+def test_what_can_be_done_with_added_rows_is_said_right(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, num_rows=6)
+    adapter = train_adapter(config).path
+    build_features(config)
+    with Path(config.data.train).open("a") as file:
+        file.write('{"id": "new", "prompt": "who?", "completion": "me"}\n')
+    with pytest.raises(
+        FingerprintMismatchError, match=r"(?s)data: stored.*nothing is added to.*to keep it, name it in"
+    ):
+        train_adapter(config)
+    kept = config.model_copy(update={"model": config.model.model_copy(update={"adapters": (adapter,)})})
+    assert build_features(kept).num_appended == 1
 
 
 def test_an_adapter_not_trained_here_is_refused(tmp_path: Path) -> None:

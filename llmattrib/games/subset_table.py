@@ -23,7 +23,7 @@ from llmattrib.errors import FingerprintMismatchError, MethodError
 from llmattrib.manifest import differing
 from llmattrib.progress import Progress, silent
 from llmattrib.rng import stream
-from llmattrib.table import TableManifest, TableStore
+from llmattrib.table import SAME, TableManifest, TableStore
 
 Utility = Callable[[Bool[np.ndarray, "m n"]], Float[np.ndarray, "m q"]]
 """Called with subsets; returns their utilities."""
@@ -220,7 +220,7 @@ class SubsetTable:
         """
         keys = differing(self._table.manifest.fingerprint, _fingerprint(num_players, seed, game))
         if keys:
-            raise FingerprintMismatchError(self._table.path, keys)
+            raise FingerprintMismatchError(self._table.path, keys, expected=SAME)
 
     @property
     def designs(self) -> list[Design]:
