@@ -29,7 +29,7 @@ from llmattrib.errors import ConfigError, FingerprintMismatchError
 from llmattrib.finetune import FineTuning
 from llmattrib.model import LoadedModel, prepare_trainable, save_adapter
 from llmattrib.progress import Progress, silent
-from llmattrib.storage import atomic_write, named_errors, require_space
+from llmattrib.storage import atomic_write, check_writable, named_errors, require_space
 from llmattrib.weight_files import file_digest, read_json, weights_fingerprint
 from llmattrib.weights import (
     context_length,
@@ -213,6 +213,7 @@ def _train(
     progress: Progress,
 ) -> dict[int, dict[str, Any]]:
     """Train up to the last epoch of `targets`, from the saved state if it is early enough; return their records."""
+    check_writable(str(state_file))
     device = resolve_device(config.model.device)
     dtype = training_dtype(config.train.dtype, device)
     loaded = prepare_trainable(config.model, dtype, config.seed, str(device))

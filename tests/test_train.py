@@ -327,6 +327,13 @@ def test_a_disk_without_room_is_found_before_the_first_step(tmp_path: Path, monk
         train_adapter(config, lambda done, total: pytest.fail("a step was taken"))
 
 
+def test_a_run_dir_that_cannot_be_written_is_found_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    config = tiny_run(tmp_path, num_rows=6, run_dir=str(tmp_path / "file" / "run"))
+    with pytest.raises(StoreError, match=r"file/run/adapter.*could not be read or written \(Not a directory\)"):
+        train_adapter(config, lambda done, total: pytest.fail("a step was taken"))
+
+
 @pytest.mark.parametrize(("epochs", "error"), [(1, StoreError), (2, DiskSpaceError)])
 def test_a_disk_that_fills_up_leaves_no_part_of_an_adapter(tmp_path: Path, epochs: int, error: type[Exception]) -> None:
     """With one epoch the adapter is the first file that does not fit, with two the state."""
