@@ -130,7 +130,8 @@ def gold(
         with redirect_stdout(sys.stderr), console.bars(show=show) as bars:
             scores = RunScores(loaded, bars("validation features"))
             team.on_main(lambda: len(scores.table()))  # before the long part, so that what is missing is missed now
-            train_further(loaded, team, bars("evaluate gold, trainings"))
+            examples = team.together(scores.require_training)
+            train_further(loaded, team, bars("evaluate gold, trainings"), examples)
             if not team.is_main:
                 return
             record = gold_of_run(scores)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from llmattrib.config import RunConfig
 from llmattrib.distributed import Ranks
+from llmattrib.encoding import EncodedSet
 from llmattrib.errors import ConfigError
 from llmattrib.extraction import run_adapters
 from llmattrib.games.further_training import FurtherTraining
@@ -28,13 +29,16 @@ _NUMBERS = ("num_examples", "num_seeds", "shard_size")
 """Settings that say how much there is, not what it is."""
 
 
-def train_further(config: RunConfig, ranks: Ranks | None = None, progress: Progress = silent) -> int:
+def train_further(
+    config: RunConfig, ranks: Ranks | None = None, progress: Progress = silent, examples: EncodedSet | None = None
+) -> int:
     """Do the further training of `config.gold` that is not there yet; called by all ranks.
 
     Args:
         config: the run; features are not needed.
         ranks: the processes of the job.
         progress: told of this rank's trainings done and to do.
+        examples: the training examples, where they are tokenised already.
 
     Returns:
         Trainings done now, by all ranks.
@@ -47,13 +51,19 @@ def train_further(config: RunConfig, ranks: Ranks | None = None, progress: Progr
         NonFiniteGradientError, DeviceMemoryError: as in training.
     """
     ranks = ranks or Ranks()
-    game = ranks.together(lambda: _game(config))
+    game = ranks.together(lambda: _game(config, examples))
     num_examples = min(config.gold.num_examples or game.num_players, game.num_players)
     return _tables(config).fill(LEAVE_OUT, num_examples, game, ranks, progress)
 
 
-def gold_scores(config: RunConfig) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, "k s q m"]]:
+def gold_scores(
+    config: RunConfig, examples: EncodedSet | None = None
+) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, "k s q m"]]:
     """Read which examples were left out, and what each prompt lost by each: [seeds, T, q, m], in the model's log-odds.
+
+    Args:
+        config: the run.
+        examples: the training examples, where they are tokenised already.
 
     Raises:
         StoreNotFoundError, MethodError: no further training was done.
@@ -61,7 +71,7 @@ def gold_scores(config: RunConfig) -> tuple[Int[np.ndarray, " m"], Float[np.ndar
         CorruptShardError: a shard fails its checksum.
         ConfigError, DataError, ModelError: as `train_further`.
     """
-    rows, lost = _tables(config).read(LEAVE_OUT, lambda: _game(config))
+    rows, lost = _tables(config).read(LEAVE_OUT, lambda: _game(config, examples))
     is_out = ~rows.members.all(axis=1)  # the last shard is filled up with everybody
     left_out = np.argmin(rows.members[is_out], axis=1)
     by_steps = lost[:, is_out].reshape(len(lost), len(left_out), len(config.gold.steps), -1)
@@ -73,7 +83,7 @@ def _tables(config: RunConfig) -> SeedTables:
     return SeedTables(config.layout.path("gold"), config.seed, gold.num_seeds, gold.shard_size, MADE_BY)
 
 
-def _game(config: RunConfig) -> Game:
+def _game(config: RunConfig, tokenised: EncodedSet | None = None) -> Game:
     adapters = run_adapters(config)
     if len(adapters) != 1:
         raise ConfigError(
@@ -81,7 +91,7 @@ def _game(config: RunConfig) -> Game:
             expected="one adapter",
             fix="run `llmattrib train` first, or name one in model.adapters",
         )
-    examples, queries, identity = inputs_from(config, adapters[0])
+    examples, queries, identity = inputs_from(config, adapters[0], tokenised)
     settings = config.gold.model_dump(mode="json", exclude=set(_NUMBERS))
     kept = {key: value for key, value in identity.items() if not key.startswith(("train.", "lora."))}
     game: dict[str, Any] = kept | {f"gold.{key}": value for key, value in settings.items()}

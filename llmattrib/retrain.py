@@ -88,12 +88,15 @@ def retrain(config: RunConfig, ranks: Ranks | None = None, progress: Progress = 
     )
 
 
-def retrained_seeds(config: RunConfig, design: Design | None = None) -> tuple[SubsetRows, Float[np.ndarray, "s m q"]]:
+def retrained_seeds(
+    config: RunConfig, design: Design | None = None, examples: EncodedSet | None = None
+) -> tuple[SubsetRows, Float[np.ndarray, "s m q"]]:
     """Read the subsets that are trained with every seed.
 
     Args:
         config: the run.
         design: of the subsets; that of `config.retraining` by default.
+        examples: the training examples, where they are tokenised already.
 
     Returns:
         The subsets, their utilities log-odds, means over seeds; and the log-odds of each seed.
@@ -105,16 +108,16 @@ def retrained_seeds(config: RunConfig, design: Design | None = None) -> tuple[Su
         CorruptShardError: a shard fails its checksum.
         ConfigError, DataError, ModelError: as `retrain`.
     """
-    return _tables(config).read(design or DESIGNS[config.retraining.design], lambda: _game(config))
+    return _tables(config).read(design or DESIGNS[config.retraining.design], lambda: _game(config, examples))
 
 
-def retrained_rows(config: RunConfig, design: Design | None = None) -> SubsetRows:
+def retrained_rows(config: RunConfig, design: Design | None = None, examples: EncodedSet | None = None) -> SubsetRows:
     """Return the first of `retrained_seeds`.
 
     Raises:
         As `retrained_seeds`.
     """
-    return retrained_seeds(config, design)[0]
+    return retrained_seeds(config, design, examples)[0]
 
 
 def _tables(config: RunConfig) -> SeedTables:
@@ -136,22 +139,28 @@ def _adapter(config: RunConfig) -> str | None:
     return adapters[0]
 
 
-def game_inputs(config: RunConfig) -> tuple[EncodedSet, EncodedSet, dict[str, Any]]:
+def game_inputs(config: RunConfig, examples: EncodedSet | None = None) -> tuple[EncodedSet, EncodedSet, dict[str, Any]]:
     """Return examples, queries and what the utilities depend on besides the training seed; loads no weights.
+
+    Args:
+        config: the run.
+        examples: where they are tokenised already.
 
     Raises:
         ConfigError, DataError, ModelError: as `retrain`.
     """
-    return inputs_from(config, _adapter(config))
+    return inputs_from(config, _adapter(config), examples)
 
 
-def inputs_from(config: RunConfig, adapter: str | None) -> tuple[EncodedSet, EncodedSet, dict[str, Any]]:
+def inputs_from(
+    config: RunConfig, adapter: str | None, examples: EncodedSet | None = None
+) -> tuple[EncodedSet, EncodedSet, dict[str, Any]]:
     """Return the same of training that begins with an adapter, or with fresh factors.
 
     Raises:
         ConfigError, DataError, ModelError: as `retrain`.
     """
-    examples, identity = training_inputs(config)
+    examples, identity = training_inputs(config, examples)
     queries = encode_without_weights(config, load_validation_examples(config.data, config.values))
     return (
         examples,
@@ -178,8 +187,8 @@ def load_game(config: RunConfig, examples: EncodedSet, queries: EncodedSet) -> R
     return RetrainingGame(config, tuning, examples.encoded, ids, queries.encoded, start)
 
 
-def _game(config: RunConfig) -> Game:
-    examples, queries, identity = game_inputs(config)
+def _game(config: RunConfig, tokenised: EncodedSet | None = None) -> Game:
+    examples, queries, identity = game_inputs(config, tokenised)
 
     def load() -> Worth:
         return load_game(config, examples, queries).worth

@@ -159,8 +159,12 @@ def encode_without_weights(config: RunConfig, examples: Sequence[Example]) -> En
     return encode_all(examples, tokenizer, config.data, context)
 
 
-def training_inputs(config: RunConfig) -> tuple[EncodedSet, dict[str, Any]]:
+def training_inputs(config: RunConfig, examples: EncodedSet | None = None) -> tuple[EncodedSet, dict[str, Any]]:
     """Tokenise the examples and fingerprint all that decides the adapter, without loading weights.
+
+    Args:
+        config: the run.
+        examples: of `data.train`, where they are tokenised already.
 
     Raises:
         DataError, ModelError: the examples or the model cannot be used.
@@ -168,7 +172,7 @@ def training_inputs(config: RunConfig) -> tuple[EncodedSet, dict[str, Any]]:
     model = config.model
     folder = resolve_base(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
     tokenizer = load_tokenizer(folder, [*map(Path, model.adapters)], trust_remote_code=model.trust_remote_code)
-    encoded = encode_without_weights(config, load_examples(config.data))
+    encoded = encode_without_weights(config, load_examples(config.data)) if examples is None else examples
     return encoded, {
         "base_model": weights_fingerprint(folder),
         **tokenizer_fingerprint(tokenizer),

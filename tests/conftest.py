@@ -22,6 +22,21 @@ from zygote import Zygote
 torch.set_num_threads(1)
 
 
+@pytest.fixture
+def tokenised(monkeypatch):
+    """Numbers of examples that training, or what judges by it, tokenised at a time."""
+    from llmattrib import train
+
+    sizes, encode_all = [], train.encode_all
+
+    def counted(examples, *settings):
+        sizes.append(len(examples))
+        return encode_all(examples, *settings)
+
+    monkeypatch.setattr(train, "encode_all", counted)
+    return sizes
+
+
 @pytest.fixture(scope="session")
 def zygote():
     """What real processes are forked from; one serves all tests."""

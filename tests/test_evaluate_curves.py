@@ -140,9 +140,10 @@ def run(tmp_path_factory):
     return config
 
 
-def test_curves_are_of_real_sub_models(run, monkeypatch):
+def test_curves_are_of_real_sub_models(run, monkeypatch, tokenised):
     """What is recorded is the difference of two real fine-tunes; asked again nothing is trained."""
     record = curves_of_run(RunScores(run))
+    assert tokenised.count(8) == 1
     names = {"influence", "grad_dot", "loss", "tfidf", "bm25", "embedding", "random", "random by class"}
     assert {row["method"] for row in record.rows} == names
     scores = RunScores(run).of("influence").mean(axis=0)

@@ -78,7 +78,7 @@ def test_seeds_agree_as_far_as_they_do(game):
     assert note.endswith("would have about 1.00")
 
 
-def test_by_the_command_line(tmp_path):
+def test_by_the_command_line(tmp_path, tokenised):
     config = tiny_run(
         tmp_path,
         num_rows=5,
@@ -91,8 +91,10 @@ def test_by_the_command_line(tmp_path):
     for stage in ("retrain", "build", "reduce"):
         done = CliRunner().invoke(app, [stage, path])
         assert done.exit_code == 0, done.output
+    tokenised.clear()
     done = CliRunner().invoke(app, ["evaluate", "leave-one-out", path])
     assert done.exit_code == 0, done.output
+    assert tokenised.count(5) == 1
     assert "spearman" in done.stdout
     assert "5 of 5 examples left out, 1 fine-tunes each" in done.stdout
     done = CliRunner().invoke(app, ["evaluate", "all", path, "--only", "lds"])

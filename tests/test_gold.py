@@ -326,7 +326,7 @@ def test_verify_reads_the_tables(run):
     assert "evaluate gold" in finding.rerun
 
 
-def test_gold_by_the_command_line_and_spectral_is_that_of_reduce(run, tmp_path):
+def test_gold_by_the_command_line_and_spectral_is_that_of_reduce(run, tmp_path, tokenised):
     run = changed(
         run, gold={"learning_rate": 0.01, "steps": [1, 3]}, reduce={"methods": ["grad_dot", "spectral(3,0.5)"]}
     )
@@ -339,8 +339,10 @@ def test_gold_by_the_command_line_and_spectral_is_that_of_reduce(run, tmp_path):
         assert done.exit_code == 0, done.output
     skipped = CliRunner().invoke(app, ["evaluate", "all", path, "--only", "gold"])
     assert "skipped gold: no further training" in skipped.stdout
+    tokenised.clear()
     done = CliRunner().invoke(app, ["evaluate", "gold", path, "--json"])
     assert done.exit_code == 0, done.output
+    assert tokenised.count(NUM_ROWS) == 1
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     first = {row["method"]: row for row in rows if row["steps"] == 1}
     assert first.keys() >= {"grad_dot", "spectral(3,0.5)", "spectral", "random", "loss", "tfidf", ONE_SEED}

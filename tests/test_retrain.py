@@ -219,20 +219,22 @@ def test_two_processes_give_the_bytes_of_one(run, tmp_path):
     assert contents(run.layout.path("retraining")) == contents(whole.layout.path("retraining"))
 
 
-def test_lds_by_the_command_line(run, tmp_path):
+def test_lds_by_the_command_line(run, tmp_path, tokenised):
     run = changed(run, reduce={"methods": ["influence"]}, retraining={"num_subsets": 12})
     path = str(config_file(run, tmp_path))
     for stage in ("retrain", "build", "reduce"):
         done = CliRunner().invoke(app, [stage, path])
         assert done.exit_code == 0, done.output
+    tokenised.clear()
     done = CliRunner().invoke(app, ["evaluate", "lds", path, "--json"])
     assert done.exit_code == 0, done.output
+    assert tokenised.count(NUM_ROWS) == 1
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["method"] for row in rows} == {"influence", "random", "size", "loss", "tfidf", "bm25", "embedding"}
     assert all(-1 <= row["low"] <= row["lds"] <= row["high"] <= 1 for row in rows)
 
 
-def test_ame_of_sub_models(run, tmp_path):
+def test_ame_of_sub_models(run, tmp_path, tokenised):
     """A constant game plus one example's share: LASSO finds it, in values of the retraining game."""
     run = changed(run, retraining={"design": "attribution", "num_subsets": 64, "shard_size": 32})
     run = changed(run, values={"method": "ame_lasso", "game": "retraining", "num_samples": 64})
@@ -242,8 +244,10 @@ def test_ame_of_sub_models(run, tmp_path):
         )
         retrain(run)
     path = str(config_file(run, tmp_path))
+    tokenised.clear()
     done = CliRunner().invoke(app, ["values", path])
     assert done.exit_code == 0, done.output
+    assert tokenised.count(NUM_ROWS) == 1
     lines = Path(run.run_dir, "values", "ame_lasso_retraining.csv").read_text().splitlines()
     values = [float(line.split(",")[2]) for line in lines[1:]]
     assert np.argmax(values) == 2

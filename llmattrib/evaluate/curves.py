@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from llmattrib.config import RunConfig
+from llmattrib.encoding import EncodedSet
 from llmattrib.evaluate.record import Record, Row, interval
 from llmattrib.evaluate.scores import RunScores
 from llmattrib.games.chosen_subsets import ChosenSubsets
@@ -220,13 +221,13 @@ def curves_of_run(scores: RunScores, progress: Progress = silent) -> Record:
         FingerprintMismatchError: the sub-models that are there, or the features, are of other data or settings.
     """
     config, settings = scores.config, scores.config.evaluate
-    _ = scores.training  # what is trained is of the examples of the features, or this raises
+    examples = scores.require_training()
     without = ("random", "size")  # a constant ranks nothing
     classes = [example.completion for example in scores.examples] if config.data.label_words else None
     rankings = rankings_of(scores.table(without), classes, settings, config.seed)
     curves = Curves(rankings, settings.curves, cut_sizes(settings.fractions, len(scores.examples)))
     seeds = range(config.seed, config.seed + settings.num_seeds)
-    utilities = retrained(config, curves.members, seeds, progress)
+    utilities = retrained(config, curves.members, seeds, progress, examples)
     found = curves.curves(utilities, config.seed, settings.num_resamples)
     first = settings.curves[0]
     names = sorted(found, key=lambda name: found[name][first].area, reverse=first in ("remove_lowest", "keep_highest"))
@@ -244,14 +245,25 @@ def curves_of_run(scores: RunScores, progress: Progress = silent) -> Record:
 
 
 def retrained(
-    config: RunConfig, members: Bool[np.ndarray, "m n"], seeds: range, progress: Progress = silent
+    config: RunConfig,
+    members: Bool[np.ndarray, "m n"],
+    seeds: range,
+    progress: Progress = silent,
+    tokenised: EncodedSet | None = None,
 ) -> Float[np.ndarray, "s m q"]:
     """Return the log-odds of the validation prompts under sub-models, from the run's table of chosen subsets.
+
+    Args:
+        config: the run.
+        members: the subsets.
+        seeds: of training.
+        progress: told of sub-models done.
+        tokenised: the training examples, where they are tokenised already.
 
     Raises:
         As `curves_of_run`.
     """
-    examples, queries, identity = game_inputs(config)
+    examples, queries, identity = game_inputs(config, tokenised)
     loaded: list[RetrainingGame] = []
 
     def utility(subset: Bool[np.ndarray, "1 n"], seed: int) -> Float[np.ndarray, "1 q"]:

@@ -61,8 +61,8 @@ def gold_of_run(scores: RunScores) -> Record:
         IncompleteStoreError, StaleIndexError: a stage is missing or outdated.
     """
     config, gold = scores.config, scores.config.gold
-    left_out, truth = gold_scores(config)
-    _ = scores.training  # what is trained is of the examples of the features, or this raises
+    left_out, truth = gold_scores(config, scores.training)
+    scores.require_training()
     table, notes = scores.table(), list[str]()
     natural: dict[int, Float[np.ndarray, "q n"]] = {}
     if config.features.preconditioner != "none":

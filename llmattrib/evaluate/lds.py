@@ -58,8 +58,8 @@ def lds_of_run(scores: RunScores) -> Record:
         MethodError: no subset of the design is trained, or there are fewer than three.
     """
     config = scores.config
-    rows, margins = retrained_seeds(config)
-    _ = scores.training  # what is trained is of the examples of the features, or this raises
+    rows, margins = retrained_seeds(config, examples=scores.training)
+    scores.require_training()
     found = {name: lds(array, rows, config.seed) for name, array in scores.table().items()}
     ranked = sorted(found.items(), key=lambda item: -item[1].lds)
     size = f"{len(rows.p)} subsets ({rows.design.name}), {config.retraining.num_seeds} seeds each"

@@ -87,8 +87,8 @@ def leave_one_out_of_run(scores: RunScores) -> Record:
         MethodError: no example was left out.
     """
     config = scores.config
-    rows, worth = retrained_seeds(config, LEAVE_OUT)
-    _ = scores.training  # what is trained is of the examples of the features, or this raises
+    rows, worth = retrained_seeds(config, LEAVE_OUT, scores.training)
+    scores.require_training()
     found = {
         name: leave_one_out(array, rows, config.seed, config.evaluate.num_resamples)
         for name, array in scores.table(without=("size",)).items()

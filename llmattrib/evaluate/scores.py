@@ -192,15 +192,22 @@ class RunScores:
 
     @cached_property
     def training(self) -> EncodedSet:
-        """The training examples as training reads them now, tokenised: those of the features, row by row.
+        """The training examples as training reads them now, tokenised; of the features only after `require_training`.
+
+        Raises:
+            DataError, ModelError: they cannot be used.
+        """
+        return encode_without_weights(self.config, load_examples(self.config.data))
+
+    def require_training(self) -> EncodedSet:
+        """Return the training examples, which must be those of the features, row by row.
 
         Raises:
             FingerprintMismatchError: they are others; what is trained now cannot judge these features.
             DataError, ModelError: they cannot be used.
         """
-        found = encode_without_weights(self.config, load_examples(self.config.data))
-        require_data(self.features, found, self.config.layout.examples)
-        return found
+        require_data(self.features, self.training, self.config.layout.examples)
+        return self.training
 
     @property
     def methods(self) -> tuple[Method, ...]:

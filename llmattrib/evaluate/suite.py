@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from llmattrib.config import RunConfig
 from llmattrib.errors import ConfigError, LlmattribError
 from llmattrib.evaluate.curves import curves_of_run
 from llmattrib.evaluate.gold import gold_of_run
@@ -26,7 +25,6 @@ from llmattrib.further_training import gold_scores
 from llmattrib.games.subset_table import DESIGNS, LEAVE_OUT
 from llmattrib.progress import Progress, silent
 from llmattrib.retrain import retrained_rows
-from llmattrib.store import RowStore
 
 SKETCH_EXAMPLES = 50
 
@@ -42,44 +40,45 @@ class Evaluation:
     """
 
     measure: Callable[[RunScores, Progress], Record]
-    missing: Callable[[RunConfig], str]
+    missing: Callable[[RunScores], str]
     question: str
 
 
-def _sub_models(config: RunConfig, design: str | None = None) -> str:
+def _sub_models(scores: RunScores, design: str | None = None) -> str:
     """Say why there is no truth from `retrain`."""
+    config = scores.config
     chosen = DESIGNS[design or config.retraining.design]
     if design is None and chosen == LEAVE_OUT:
         return "retraining.design is leave_out, and the score needs random subsets"
     try:
-        retrained_rows(config, chosen)
+        retrained_rows(config, chosen, scores.training)
     except LlmattribError as error:
         return f"no sub-models of the design {chosen.name}: {error.found}"
     return ""
 
 
-def _mislabeled(config: RunConfig) -> str:
-    settings = config.evaluate
+def _mislabeled(scores: RunScores) -> str:
+    settings = scores.config.evaluate
     known = settings.mislabeled is not None or settings.mislabeled_column is not None
     return "" if known else "neither evaluate.mislabeled nor evaluate.mislabeled_column is set"
 
 
-def _further_training(config: RunConfig) -> str:
+def _further_training(scores: RunScores) -> str:
     """Say why there is no further training."""
     try:
-        gold_scores(config)
+        gold_scores(scores.config, scores.training)
     except LlmattribError as error:
         return f"no further training: {error.found}"
     return ""
 
 
-def _adapter(config: RunConfig) -> str:
-    count = len(run_adapters(config))
+def _adapter(scores: RunScores) -> str:
+    count = len(run_adapters(scores.config))
     return "" if count == 1 else f"the run has {count} adapters; one step is taken from one"
 
 
-def _exact(config: RunConfig) -> str:
-    outputs = RowStore.open(config.layout.features).manifest.num_outputs
+def _exact(scores: RunScores) -> str:
+    outputs = scores.features.manifest.num_outputs
     return "" if outputs == 1 else "the features have a row for each class"
 
 
@@ -117,7 +116,7 @@ EVALUATIONS: dict[str, Evaluation] = {
     ),
     "planted": Evaluation(
         lambda scores, _: planted_of_run(scores),
-        lambda config: "" if config.evaluate.source is not None else "evaluate.source is not set",
+        lambda scores: "" if scores.config.evaluate.source is not None else "evaluate.source is not set",
         "Is the example that taught an answer ranked first?",
     ),
     "tail_patch": Evaluation(
@@ -170,7 +169,7 @@ def evaluate_all(
     for name, evaluation in EVALUATIONS.items():
         if name in skip or (only and name not in only):
             continue
-        reason = evaluation.missing(scores.config)
+        reason = evaluation.missing(scores)
         if reason:
             skipped[name] = reason
         else:

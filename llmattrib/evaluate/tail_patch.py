@@ -91,7 +91,7 @@ def tail_patch_of_run(scores: RunScores, progress: Progress = silent) -> Record:
             expected="one, to step from",
             fix="run `llmattrib train`, or name one in model.adapters",
         )
-    examples = scores.training
+    examples = scores.require_training()
     queries = encode_without_weights(config, load_validation_examples(config.data, config.values))
     tops = {name: top_rows(array, settings.tail_patch_top) for name, array in scores.table(("size",)).items()}
     tuning = load_trainable(config, adapters[0])

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int8
 
 from llmattrib.config import RunConfig
 from llmattrib.coordinates import Transform
+from llmattrib.encoding import EncodedSet
 from llmattrib.errors import MethodError
 from llmattrib.estimators.ame import AmeRegression, Knockoffs
 from llmattrib.estimators.freeshap import FreeShap, KernelProblem
@@ -228,8 +229,12 @@ def from_table(
     return replace(_normal(found, values.confidence, game.notes), empty=ends[0], full=ends[1])
 
 
-def from_sub_models(config: RunConfig) -> Estimate:
+def from_sub_models(config: RunConfig, examples: EncodedSet) -> Estimate:
     """Read values from the sub-models of `llmattrib retrain`, in the mean log-odds of the prompts' answers.
+
+    Args:
+        config: the run.
+        examples: the training examples.
 
     Raises:
         StoreNotFoundError: nothing was retrained.
@@ -243,7 +248,7 @@ def from_sub_models(config: RunConfig) -> Estimate:
             fix="set one of them, or values.game=kernel",
         )
     _require_samples(values)
-    rows = retrained_rows(config, table_design(values))
+    rows = retrained_rows(config, table_design(values), examples)
     if len(rows.p) < values.num_samples:
         raise MethodError(
             f"{len(rows.p):,} subsets of the design {rows.design.name} are trained with every seed",

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from llmattrib.config import RunConfig, digest
-from llmattrib.data import Example
+from llmattrib.data import Example, load_examples
 from llmattrib.errors import MethodError
 from llmattrib.estimators.moments import SIGNS
 from llmattrib.games.kernel import ridge_errors
@@ -27,7 +27,7 @@ from llmattrib.query import Run
 from llmattrib.reader import FeatureReader, current_representers
 from llmattrib.retrain import retrained_rows
 from llmattrib.store import RowStore
-from llmattrib.train import training_inputs
+from llmattrib.train import encode_without_weights
 from llmattrib.values.estimates import (
     Estimate,
     from_freeshap,
@@ -114,15 +114,15 @@ def _of_sub_models(config: RunConfig) -> ValuesResult:
     name = f"{config.values.method}_retraining"
     paths = [config.layout.path("values", f"{name}.{suffix}") for suffix in ("csv", "parquet")]
     settings = {**_settings(config, "log_odds"), "game": "retraining"}
-    estimate = from_sub_models(config)
-    rows = retrained_rows(config, table_design(config.values))
+    examples = encode_without_weights(config, load_examples(config.data))
+    estimate = from_sub_models(config, examples)
+    rows = retrained_rows(config, table_design(config.values), examples)
     seeds = config.retraining.num_seeds
     fingerprint = {"sub_models": digest(rows.utilities.tolist()), "settings": settings, "seeds": seeds}
     fingerprint = json.loads(json.dumps(fingerprint))
     with locked(config.layout.path("values")):
         result = read_values(paths[0], paths[1], fingerprint)
         if result is None:
-            examples, _ = training_inputs(config)
             result = _result(config, examples.examples, rows.utilities.shape[1], "log_odds", estimate, paths)
             write_values(result, settings, fingerprint)
     return result
