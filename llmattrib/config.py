@@ -185,6 +185,7 @@ def validate_config(tree: Mapping[str, Any], source: str = "config") -> RunConfi
 _PLAIN = {
     "missing": "is missing",
     "model_type": "is no section: write its settings below it, or leave it out",
+    "string_type": "is no text: put it in quotes",
     "tuple_type": "is no list: write [a, b]",
 }
 """Types of pydantic's errors -> what is said instead where its own words are of Python."""
@@ -193,7 +194,7 @@ _PLAIN = {
 def _complaint(item: Mapping[str, Any]) -> str:
     """Say what is wrong with one key, and which one may have been meant."""
     if item["type"] != "extra_forbidden":
-        return _PLAIN.get(item["type"], str(item["msg"]))
+        return _PLAIN.get(item["type"], str(item["msg"]).removeprefix("Value error, "))
     *sections, key = item["loc"]
     section: Any = RunConfig
     for name in sections:

@@ -178,7 +178,7 @@ def check_queries(queries: Sequence[Query]) -> list[str]:
 
 def _check(place: str, query: Query) -> None:
     if not any(turn["content"].strip() for turn in query.prompt):
-        raise MissingFieldError(f"{place} has an empty prompt", expected="some text")
+        raise MissingFieldError(f"{place} has an empty prompt", expected="some text", fix="say what is asked")
     parts = (part for turn in query.prompt for part in (turn["role"], turn["content"]))
     check_text(place, query.id, query.completion or "", *parts)
 

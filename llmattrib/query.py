@@ -190,6 +190,7 @@ class Run:
             explain: find the words through which each example acts; for `tracin_we`.
 
         Raises:
+            ConfigError: `top` is below 1.
             MethodError: the method was not reduced, or cannot be reranked.
             StoreNotFoundError, StaleIndexError: the index is missing or older than what it was made from.
             FingerprintMismatchError: the model is not the one that the features were made with.
@@ -219,6 +220,8 @@ class Run:
 
         Errors are those of `query`.
         """
+        if top is not None and top < 1:
+            raise ConfigError(f"top is {top}", expected="1 or more", fix="ask for one example of either kind, or more")
         top, methods = top or self.config.query.top, self.methods(methods)
         if explain:
             check_explained(methods)

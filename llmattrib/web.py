@@ -70,7 +70,7 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Turn], Field(min_length=1)]
-    completion: str | None = None
+    completion: Annotated[str, Field(min_length=1)] | None = None
     method: str | None = None
     top: Annotated[int, Field(ge=1, le=MAX_TOP)] | None = None
 

@@ -9,6 +9,7 @@ from llmattrib.build import build_features
 from llmattrib.errors import MethodError
 from llmattrib.evaluate.scores import RunScores, scores_of_representers
 from llmattrib.evaluate.signs import agreement, signs_of_run, sub_store
+from llmattrib.evaluate.suite import evaluate_all
 from llmattrib.reduce import reduce_run
 from llmattrib.store import RowStore
 
@@ -69,3 +70,5 @@ def test_too_few_examples_are_refused(tmp_path):
     build_features(config)
     with pytest.raises(MethodError, match="expected: 8 examples or more"):
         signs_of_run(RunScores(config))
+    outcome = evaluate_all(RunScores(config), only=["signs"])
+    assert outcome.skipped == {"signs": "halves of 4 examples say nothing; 8 or more are needed"}

@@ -408,6 +408,13 @@ def test_prompt_longer_than_the_context(finished: Callable[[str], RunConfig]) ->
         run.query_many([asked[0], replace(asked[1], id="long")])
 
 
+def test_no_examples_are_no_answer(finished: Callable[[str], RunConfig]) -> None:
+    run = Run.open(finished("init").run_dir)
+    for top in (0, -3):
+        with pytest.raises(ConfigError, match=f"top is {top}\n  expected: 1 or more"):
+            run.query(PROMPT, COMPLETION, top=top)
+
+
 def test_texts_that_no_tokenizer_takes_are_named(finished: Callable[[str], RunConfig]) -> None:
     run = Run.open(finished("init").run_dir)
     with pytest.raises(DataError, match=r"query 2 holds '\\ud83d', half of a character, after 'so sad '"):

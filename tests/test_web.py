@@ -100,6 +100,8 @@ def test_the_page_shows_hits_and_escapes_every_text(client: TestClient, run: Run
         ({"prompt": PROMPT, "method": "trak"}, 400, "method 'trak' is not one of this run's"),
         ({"prompt": PROMPT * 50, "completion": "green"}, 400, "tokens, prompt and completion together"),
         ({"prompt": ""}, 400, "prompt"),
+        ({"prompt": " "}, 400, "query 1 has an empty prompt"),
+        ({"prompt": PROMPT, "completion": ""}, 400, "completion: String should have at least 1 character"),
         ({"prompt": PROMPT, "top": 1001}, 400, "top: Input should be less than or equal to 1000"),
         ({"prompt": PROMPT, "extra": 1}, 400, "extra: Extra inputs are not permitted"),
         ({}, 400, "prompt: Field required"),

@@ -17,7 +17,7 @@ from llmattrib.evaluate.mislabel import mislabel_of_run
 from llmattrib.evaluate.planted import planted_of_run
 from llmattrib.evaluate.record import Record, read_record
 from llmattrib.evaluate.scores import RunScores
-from llmattrib.evaluate.signs import signs_of_run
+from llmattrib.evaluate.signs import FEWEST, signs_of_run
 from llmattrib.evaluate.sketch import sketch_fidelity
 from llmattrib.evaluate.tail_patch import tail_patch_of_run
 from llmattrib.extraction import run_adapters
@@ -82,6 +82,11 @@ def _exact(scores: RunScores) -> str:
     return "" if outputs == 1 else "the features have a row for each class"
 
 
+def _halves(config: RunConfig) -> str:
+    count = RowStore.open(config.layout.features).manifest.num_rows
+    return "" if count >= FEWEST else f"halves of {count} examples say nothing; {FEWEST} or more are needed"
+
+
 def _sketch(scores: RunScores, progress: Progress) -> Record:
     """Compare the stored sketch with exact inner products, as `evaluate sketch` does at its own width."""
     sketch_fidelity(scores.config, (), SKETCH_EXAMPLES, progress)
@@ -123,7 +128,7 @@ EVALUATIONS: dict[str, Evaluation] = {
         tail_patch_of_run, _adapter, "Does one more step on what is ranked first raise the probability of the answer?"
     ),
     "signs": Evaluation(
-        signs_of_run, lambda _: "", "Do helpful and harmful stay what they are when half of the examples are not there?"
+        signs_of_run, _halves, "Do helpful and harmful stay what they are when half of the examples are not there?"
     ),
     "sketch": Evaluation(_sketch, _exact, "How far are the stored features from exact gradients?"),
 }

@@ -314,7 +314,8 @@ class SubsetTable:
             raise MethodError(
                 f"{self._table.path} has no finished rows of the design {design.name}",
                 expected=f"one it holds: {names}",
-                fix="extend the table by that design and fill it",
+                fix=f"run `llmattrib retrain` with retraining.design={design.name}, or ask for what it holds; a table "
+                "of your own: extend it by that design and fill it",
             )
         members = unpack(columns["masks"][chosen], self.num_players)
         return SubsetRows(
