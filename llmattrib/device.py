@@ -4,6 +4,7 @@ Quantised weights are for a GPU; the embeddings and what is no linear layer keep
 """
 
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -12,22 +13,36 @@ from transformers import BitsAndBytesConfig
 from llmattrib.errors import ConfigError
 from llmattrib.sections import ModelConfig
 
+_DEVICES = "auto, cpu, cuda or cuda:N"
+
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device a config names; `auto` is the current GPU, or the CPU without one.
+    """Return the device a config names; `auto` is the current GPU, or the CPU without one, and `cuda` the current GPU.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: there is no such device, or it is the GPU of another process of the job.
     """
-    if name == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
-        device = torch.device(name)
+        device = torch.device(name if name != "auto" else "cuda" if num_gpus else "cpu")
     except RuntimeError as error:
-        raise ConfigError(f"model.device is {name!r}", expected="auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model.device is {name!r}", expected=_DEVICES) from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ConfigError(f"model.device is {name!r}", expected=_DEVICES)
+    if not num_gpus:
         raise ConfigError(f"model.device is {name!r} and there is no GPU", fix="set model.device to cpu or auto")
-    return device
+    mine = torch.cuda.current_device()
+    if device.index is not None and device.index >= num_gpus:
+        raise ConfigError(f"model.device is {name!r}", expected=f"a number below {num_gpus}, the GPUs that are here")
+    if device.index not in (None, mine) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"model.device is {name!r} in a process that was given the GPU {mine}",
+            expected="each process of a job on a GPU of its own",
+            fix="set model.device=auto",
+        )
+    return torch.device("cuda", mine if device.index is None else device.index)
 
 
 def quantisation(config: ModelConfig, dtype: str, device: torch.device, *, is_shared: bool = False) -> dict[str, Any]:

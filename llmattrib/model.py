@@ -314,11 +314,11 @@ def _given(base: Any, paths: Sequence[Path], names: Sequence[str]) -> peft.PeftM
     """Put adapters from their folders on the base model."""
     check_shapes(paths, base)
     for name, path in zip(names, paths, strict=True):
-        with adapter_errors(path), _peft_quiet():
+        with adapter_errors(path), _peft_quiet():  # by itself PEFT reads to the first GPU it finds
             if name == names[0]:
-                model = peft.PeftModel.from_pretrained(base, path, adapter_name=name)
+                model = peft.PeftModel.from_pretrained(base, path, adapter_name=name, torch_device="cpu")
             else:
-                model.load_adapter(path, adapter_name=name)
+                model.load_adapter(path, adapter_name=name, torch_device="cpu")
         check_tensors(path, [n for n, m in model.named_modules() if isinstance(m, PeftLoraLayer) and name in m.lora_A])
     return model
 

@@ -249,7 +249,8 @@ def training_dtype(dtype: str, device: torch.device) -> str:
     """Return the dtype that `auto` stands for on a device, or `dtype` itself."""
     if dtype != "auto":
         return dtype
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    is_quick = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if is_quick else "float32"
 
 
 def _require_space(target: Path, factors: Mapping[str, Tensor], num_adapters: int) -> None:

@@ -1,20 +1,49 @@
-"""Bases in 4 or 8 bits: what is refused without a GPU, and what a GPU computes."""
+"""Which device a model is on, and bases in 4 or 8 bits: what is refused without a GPU, and what a GPU computes."""
 
 import importlib.util
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 
 from llmattrib.build import build_features
-from llmattrib.device import quantisation
+from llmattrib.device import quantisation, resolve_device
 from llmattrib.errors import ConfigError
+from llmattrib.model import load_model
 from llmattrib.sections import ModelConfig
 from llmattrib.store import RowStore
-from tests.tiny import tiny_adapter_dir, tiny_run
+from tests.tiny import tiny_adapter_dir, tiny_model_dir, tiny_run
 
 BITS = ("4bit", "8bit")
+
+
+def test_a_process_takes_the_gpu_that_the_launcher_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, found in (("is_available", True), ("device_count", 2), ("current_device", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, index in (("auto", 1), ("cuda", 1), ("cuda:1", 1), ("cuda:0", 0)):
+        assert resolve_device(name) == torch.device("cuda", index)
+    with pytest.raises(ConfigError, match=r"model\.device is 'cuda:2'[\s\S]*a number below 2"):
+        resolve_device("cuda:2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resolve_device("cuda") == resolve_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match=r"'cuda:0' in a process that was given the GPU 1[\s\S]*device=auto"):
+        resolve_device("cuda:0")
+
+
+def test_adapters_are_read_into_the_memory_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT would take them to the GPU that it finds, whatever the model's device, and another than the process's."""
+
+    def found() -> None:
+        raise AssertionError("PEFT looks for a device")
+
+    base = tiny_model_dir(tmp_path)
+    adapters = [tiny_adapter_dir(tmp_path, base, seed=seed, name=f"a{seed}") for seed in (0, 1)]
+    monkeypatch.setattr(peft.peft_model, "infer_device", found)
+    monkeypatch.setattr(peft.utils.save_and_load, "infer_device", found)
+    assert load_model(ModelConfig(name=base), adapters=adapters).adapter_names == ["adapter0", "adapter1"]
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -6,6 +6,7 @@ import resource
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -135,8 +136,12 @@ def test_learning_rate() -> None:
 def test_training_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert training_dtype("auto", torch.device("cpu")) == "float32"
     assert training_dtype("bfloat16", torch.device("cpu")) == "bfloat16"
-    for supported, dtype in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported: supported)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)  # emulated where it must be
+    for major, dtype in ((8, "bfloat16"), (7, "float32")):
+        properties = SimpleNamespace(major=major)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, properties=properties: properties)
         assert training_dtype("auto", torch.device("cuda", 0)) == dtype
 
 
