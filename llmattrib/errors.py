@@ -38,6 +38,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
+_FULL = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+"""What PyTorch says of a full CPU, and of a GPU on which a library or the driver finds no memory."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of what a library says, or the name of its error when it says nothing."""
     lines = str(error).strip().splitlines()
@@ -209,7 +213,7 @@ def memory_errors(what: str, *, expected: str, fix: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # known by its name: this module does not import torch
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+        if type(error).__name__ != "OutOfMemoryError" and not any(words in str(error) for words in _FULL):
             raise
         raise DeviceMemoryError(
             f"{what} does not fit in the memory of the device", expected=expected, fix=fix

@@ -71,9 +71,13 @@ def load_extractor(config: RunConfig, sharding: Sharding | None = None) -> Extra
     Raises:
         ModelError: base model or adapter is missing or does not fit.
         LabelWordError: a label word is not one token.
+        DeviceMemoryError: the weights, or this rank's part of them, do not fit on the device.
     """
     loaded = load_model(config.model, adapters=run_adapters(config), sharding=sharding)
-    return Extractor(loaded, config.features, config.seed, label_token_ids(loaded.tokenizer, config.data))
+    label_ids = label_token_ids(loaded.tokenizer, config.data)
+    fix = "take a smaller dtype, or more or larger devices"
+    with memory_errors(config.model.name, expected="room for its weights", fix=fix):
+        return Extractor(loaded, config.features, config.seed, label_ids)
 
 
 def encode_examples(config: RunConfig, extractor: Extractor, examples: Sequence[Example]) -> EncodedSet:

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +184,10 @@ def load_base(
         DeviceMemoryError: it does not fit on the device.
     """
     quantised = quantisation(config, dtype, device, is_shared=sharding is not None)
+    fix = "take a smaller dtype or a larger device"
+    room = partial(memory_errors, config.name, expected="room for its weights", fix=fix)
     try:
-        with quiet_loading(), sharding.loading(dtype) if sharding else nullcontext():
+        with quiet_loading(), room(), sharding.loading(dtype) if sharding else nullcontext():
             pair: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
@@ -214,7 +217,7 @@ def load_base(
     )
     is_placed = getattr(model, "quantization_method", None) is not None
     if not is_placed and not (sharding and sharding.is_placing):
-        with memory_errors(config.name, expected="room for its weights", fix="take a smaller dtype or a larger device"):
+        with room():
             model.to(device)
     return model
 

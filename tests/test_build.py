@@ -290,6 +290,15 @@ def test_running_out_of_memory_names_the_batch_size_to_try(run, monkeypatch, fai
     assert not Path(run.layout.features + ".lock").exists()
 
 
+def test_running_out_of_memory_while_weights_are_taken_to_devices_names_the_model(run, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(Extractor, "__init__", fail)
+    with pytest.raises(DeviceMemoryError, match=r"llama-0 does not fit[\s\S]*more or larger devices"):
+        build_features(run)
+
+
 def test_running_out_of_memory_while_the_sketch_is_planned_names_the_batch_size_too(run, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")

@@ -366,7 +366,13 @@ def test_prompts_that_leave_no_room(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
 )
 def test_a_full_device_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -379,9 +385,10 @@ def test_a_full_device_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         DeviceMemoryError, match=r"(?s)answering 2 prompts at once does not fit.*fewer prompts at a time"
     ):
         loaded.generate([[5], [6]], 3)
-    monkeypatch.setattr(torch.nn.Module, "to", fail)
-    with pytest.raises(DeviceMemoryError, match=r"(?s)llama-0 does not fit.*a smaller dtype or a larger device"):
-        load_model(config_of(base))
+    for owner, name in ((torch.nn.Module, "to"), (AutoModelForCausalLM, "from_pretrained")):
+        monkeypatch.setattr(owner, name, fail)  # some weights are read to the device at once
+        with pytest.raises(DeviceMemoryError, match=r"(?s)llama-0 does not fit.*a smaller dtype or a larger device"):
+            load_model(config_of(base))
 
 
 def test_prepare_trainable(tmp_path: Path) -> None:
