@@ -37,7 +37,6 @@ An error says what was found, what was expected and what to do. The command line
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-
 _FULL = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 """What PyTorch says of a full CPU, and of a GPU on which a library or the driver finds no memory."""
 

@@ -104,7 +104,7 @@ class FineTuning:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             with self._dropout_stream(step), _device_memory(settings.batch_size, len(rows)):
-                loss, tokens = _backward(self.loaded, [encoded[row] for row in rows])
+                loss, tokens = backward(self.loaded, [encoded[row] for row in rows])
             norm = torch.nn.utils.clip_grad_norm_(self.factors.values(), settings.max_grad_norm)
             if not bool(torch.isfinite(norm)):
                 raise NonFiniteGradientError(
@@ -122,15 +122,16 @@ class FineTuning:
     @contextmanager
     def _dropout_stream(self, step: int) -> Iterator[None]:
         """Draw dropout masks of a step from a stream of its own, so that a resumed run draws the same."""
-        dropout = self.dropout > 0
-        with torch.random.fork_rng() if dropout else nullcontext():
+        dropout, device = self.dropout > 0, self.loaded.device
+        devices = [device] if device.type == "cuda" else []  # the default is all GPUs of the machine
+        with torch.random.fork_rng(devices) if dropout else nullcontext():
             if dropout:
                 torch.manual_seed(int(stream(self.seed, "dropout", step).integers(2**63)))
             yield
 
 
-def _backward(loaded: LoadedModel, examples: Sequence[Encoded]) -> tuple[float, int]:
-    """Accumulate the gradient of the batch's mean loss; return that loss and its number of tokens."""
+def backward(loaded: LoadedModel, examples: Sequence[Encoded]) -> tuple[float, int]:
+    """Accumulate the gradient of the batch's mean loss; return that loss in nats and its number of tokens."""
     scale = loss_scale(loaded)
     batch = collate(examples, loaded.pad_id).to(loaded.device)
     logits, _, target = completion_logits(loaded.model, batch)

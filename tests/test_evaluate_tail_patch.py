@@ -8,6 +8,7 @@ import torch
 from test_build import changed
 from tiny import tiny_run
 
+import llmattrib.forward
 from llmattrib.build import build_features
 from llmattrib.errors import FingerprintMismatchError, MethodError
 from llmattrib.evaluate.scores import RunScores
@@ -48,6 +49,15 @@ def test_a_small_step_is_grad_dot_and_leaves_nothing(run):
         assert np.abs(change).max() > 1e-4
     assert all(torch.equal(factor, before[name]) for name, factor in tuning.factors.items())
     assert all(factor.grad is None for factor in tuning.factors.values())
+
+
+def test_a_step_in_float16_is_scaled_as_in_training(run, monkeypatch):
+    half = changed(run, train={"dtype": "float16"})
+    examples, queries, _ = game_inputs(half)
+    tuning = load_trainable(half, run.layout.adapter)
+    start = log_probability(log_odds(half, tuning.loaded, queries.encoded))
+    monkeypatch.setattr(llmattrib.forward, "FLOAT16_LOSS_SCALE", 2.0**-30)  # no gradient is left
+    np.testing.assert_array_equal(patch(half, tuning, examples.encoded[0], queries.encoded, 1.0), start)
 
 
 def test_log_probability_is_that_of_the_odds():

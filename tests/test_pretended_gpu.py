@@ -1,7 +1,7 @@
 """Every stage that runs the model does so on a pretended GPU, without mixing devices, to the numbers of the CPU."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from llmattrib.build import build_features
 from llmattrib.config import RunConfig
 from llmattrib.evaluate.scores import RunScores
 from llmattrib.evaluate.tail_patch import tail_patch_of_run
+from llmattrib.features.sketch import Block, Sketch, make_plan
 from llmattrib.further_training import gold_scores, train_further
 from llmattrib.index import build_index
 from llmattrib.query import Run
@@ -87,6 +88,26 @@ def test_features(tmp_path: Path, family: str, dtype: str, features: dict[str, A
     found, wanted = everything(changed(config, model={"dtype": dtype, "adapters": adapters}), rows)
     np.testing.assert_array_equal(found, wanted)
     assert np.abs(found).max() > 0.1
+
+
+def test_tables_of_a_sketch_are_on_the_gpu_alone() -> None:
+    with pretended_gpu():
+        sketch = Sketch(make_plan("rademacher", 0, 8, [Block("layer", "B", 16)], [1.0]), GPU)
+        sketch.add(torch.zeros(2, 8, device=GPU), 0, torch.ones(2, 16, device=GPU))
+        assert all(table.is_cuda for tables in sketch._tables.values() for table in tables)
+
+
+def test_dropout_forks_the_numbers_of_its_own_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each GPU that is touched costs hundreds of MB on it, and so does one that is another process's."""
+    touched = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: touched.append(device) or torch.empty(0))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
+    config = tiny_run(tmp_path, model={"lora": {"rank": 2, "dropout": 0.5}}, train={"epochs": 1})
+    for train in (on_gpu, nullcontext):
+        with train():
+            train_adapter(changed(config, tmp_path / train.__name__))
+    assert {*touched} == {GPU}
 
 
 @pytest.mark.slow

@@ -21,14 +21,13 @@ from jaxtyping import Float
 
 from llmattrib.config import RunConfig
 from llmattrib.data import load_validation_examples
-from llmattrib.encoding import Encoded, collate
+from llmattrib.encoding import Encoded
 from llmattrib.errors import MethodError
 from llmattrib.evaluate.record import Record, Row, bootstrap_mean
 from llmattrib.evaluate.retrieval import top_rows
 from llmattrib.evaluate.scores import RunScores
 from llmattrib.extraction import run_adapters
-from llmattrib.finetune import FineTuning
-from llmattrib.forward import completion_logits
+from llmattrib.finetune import FineTuning, backward
 from llmattrib.games.retraining import load_trainable, log_odds
 from llmattrib.progress import Progress, silent
 from llmattrib.train import encode_without_weights
@@ -54,9 +53,7 @@ def patch(
         rate: of the step.
     """
     before = {name: factor.detach().clone() for name, factor in tuning.factors.items()}
-    batch = collate([example], tuning.loaded.pad_id).to(tuning.loaded.device)
-    logits, _, target = completion_logits(tuning.loaded.model, batch)
-    torch.nn.functional.cross_entropy(logits, target).backward()  # type: ignore[no-untyped-call]
+    backward(tuning.loaded, [example])
     torch.nn.utils.clip_grad_norm_(tuning.factors.values(), tuning.settings.max_grad_norm)
     with torch.no_grad():
         for factor in tuning.factors.values():

@@ -210,7 +210,7 @@ class Sketch:
             generator = stream(self.plan.seed, "sketch", self.plan.kind, key.name, key.role)
             if self.plan.kind == "rademacher":
                 signs = torch.from_numpy(_signs(generator, size * self.plan.dim).reshape(size, self.plan.dim))
-                self._tables[block] = signs.to(self.device), signs
+                self._tables[block] = (signs.to(self.device),) * 2
             else:
                 order = torch.from_numpy(generator.permutation(size).astype(np.int32))
                 signs = torch.from_numpy(_signs(generator, size).astype(np.float32))
