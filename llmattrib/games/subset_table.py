@@ -11,7 +11,6 @@ Source: docs/methods.md section 7; Lin et al. 2022 (AME); Wang and Jia 2022 (Ban
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -218,7 +217,9 @@ class SubsetTable:
         Raises:
             FingerprintMismatchError: it is; names the keys that differ.
         """
-        keys = differing(self._table.manifest.fingerprint, _fingerprint(num_players, seed, game))
+        stored = self._table.manifest
+        wanted = replace(stored, fingerprint=_fingerprint(num_players, seed, game))
+        keys = differing(stored.compared()["fingerprint"], wanted.compared()["fingerprint"])
         if keys:
             raise FingerprintMismatchError(self._table.path, keys, expected=SAME)
 
@@ -324,8 +325,8 @@ class SubsetTable:
 
 
 def _fingerprint(num_players: int, seed: int, game: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what decides the numbers of a table, as it is stored."""
-    return dict(json.loads(json.dumps({"num_players": num_players, "seed": seed, "game": game})))
+    """Return what decides the numbers of a table."""
+    return {"num_players": num_players, "seed": seed, "game": game}
 
 
 def pack(members: Bool[np.ndarray, "m n"]) -> UInt8[np.ndarray, "m b"]:
