@@ -40,75 +40,40 @@ def sketch(
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for each row.")]
 
 
-def _measure(name: str, config: str, overrides: list[str] | None, as_json: bool, quiet: bool, debug: bool) -> None:
-    """Run one evaluation of suite.py and print its rows."""
-    from llmattrib import console
+def _add(name: str, text: str) -> None:
+    """Add the command that runs one evaluation of suite.py and prints its rows."""
 
-    with console.reporting(debug):
-        from llmattrib.config import load_config
-        from llmattrib.evaluate.scores import RunScores
-        from llmattrib.evaluate.suite import EVALUATIONS
+    @app.command(name.replace("_", "-"), help=text)
+    def measure(
+        config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
+    ) -> None:
+        from llmattrib import console
 
-        loaded = load_config(config, overrides or ())
-        with redirect_stdout(sys.stderr), console.bar(f"evaluate {name}", show=not quiet) as progress:
-            record = EVALUATIONS[name].measure(RunScores(loaded, progress), progress)
-        console.print_evaluation(record.rows, () if quiet else record.notes, as_json=as_json)
+        with console.reporting(debug):
+            from llmattrib.config import load_config
+            from llmattrib.evaluate.scores import RunScores
+            from llmattrib.evaluate.suite import EVALUATIONS
 
-
-@app.command()
-def lds(
-    config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
-) -> None:
-    """Linear datamodelling score of reduce's methods and of baselines against the sub-models of `retrain`."""
-    _measure("lds", config, overrides, as_json, quiet, debug)
+            loaded = load_config(config, overrides or ())
+            with redirect_stdout(sys.stderr), console.bar(f"evaluate {name}", show=not quiet) as progress:
+                record = EVALUATIONS[name].measure(RunScores(loaded, progress), progress)
+            console.print_evaluation(record.rows, () if quiet else record.notes, as_json=as_json)
 
 
-@app.command("leave-one-out")
-def leave_one_out(
-    config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
-) -> None:
-    """Rank correlation with training without each example: needs `retrain` with retraining.design=leave_out."""
-    _measure("leave_one_out", config, overrides, as_json, quiet, debug)
-
-
-@app.command()
-def curves(
-    config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
-) -> None:
-    """Retrain without the examples ranked highest or lowest, or on the highest alone. Resumes."""
-    _measure("curves", config, overrides, as_json, quiet, debug)
-
-
-@app.command()
-def mislabel(
-    config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
-) -> None:
-    """How well wrongly labelled examples are found: needs evaluate.mislabeled or evaluate.mislabeled_column."""
-    _measure("mislabel", config, overrides, as_json, quiet, debug)
-
-
-@app.command()
-def planted(
-    config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
-) -> None:
-    """How often the example that taught an answer is ranked first: needs evaluate.source, a column of values.data."""
-    _measure("planted", config, overrides, as_json, quiet, debug)
-
-
-@app.command("tail-patch")
-def tail_patch(
-    config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
-) -> None:
-    """What one more gradient step on the first examples of each prompt does to its answer: needs one adapter."""
-    _measure("tail_patch", config, overrides, as_json, quiet, debug)
-
-
-@app.command()
-def signs(
-    config: Config, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False
-) -> None:
-    """Share of signs that stay when random halves of the examples are reduced again."""
-    _measure("signs", config, overrides, as_json, quiet, debug)
+for _name, _text in {
+    "lds": "Linear datamodelling score of reduce's methods and of baselines against the sub-models of `retrain`.",
+    "leave_one_out": "Rank correlation with training without each example: needs `retrain` with "
+    "retraining.design=leave_out.",
+    "curves": "Retrain without the examples ranked highest or lowest, or on the highest alone. Resumes.",
+    "mislabel": "How well wrongly labelled examples are found: needs evaluate.mislabeled or "
+    "evaluate.mislabeled_column.",
+    "planted": "How often the example that taught an answer is ranked first: needs evaluate.source, a column of "
+    "values.data.",
+    "tail_patch": "What one more gradient step on the first examples of each prompt does to its answer: needs one "
+    "adapter.",
+    "signs": "Share of signs that stay when random halves of the examples are reduced again.",
+}.items():
+    _add(_name, _text)
 
 
 @app.command()

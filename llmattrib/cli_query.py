@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from llmattrib.sections import DataConfig
 
 
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="What the model was asked.")]
+Completion = Annotated[
+    str | None, typer.Option("--completion", "-c", help="Its answer; the model generates one when left out.")
+]
+
+
 def _queries(data: "DataConfig", prompt: str | None, completion: str | None, prompts: Path | None) -> "list[Query]":
     """Return what is asked."""
     from llmattrib.errors import ConfigError
@@ -38,10 +44,8 @@ def _queries(data: "DataConfig", prompt: str | None, completion: str | None, pro
 def query(
     config: Config,
     overrides: Overrides = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What the model was asked.")] = None,
-    completion: Annotated[
-        str | None, typer.Option("--completion", "-c", help="Its answer; the model generates one when left out.")
-    ] = None,
+    prompt: Prompt = None,
+    completion: Completion = None,
     prompts: Annotated[
         Path | None, typer.Option(help="JSON Lines of prompt and optional completion, instead of --prompt.")
     ] = None,
@@ -100,10 +104,8 @@ def profile(
         list[str], typer.Option("--example", "-e", help="Id of a training example; may be given several times.")
     ],
     overrides: Overrides = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What the model was asked.")] = None,
-    completion: Annotated[
-        str | None, typer.Option("--completion", "-c", help="Its answer; the model generates one when left out.")
-    ] = None,
+    prompt: Prompt = None,
+    completion: Completion = None,
     prompts: Annotated[
         Path | None, typer.Option(help="JSON Lines of prompt and optional completion; their mean is shown.")
     ] = None,

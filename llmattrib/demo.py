@@ -186,7 +186,7 @@ def score(
     }
     methods = {
         method: {
-            group: recall([rows[k] for k in members], [probes[k].target for k in members], (1, TOP)).to_json()
+            group: recall([rows[k] for k in members], [probes[k].target for k in members], (1, TOP))
             for group, members in groups.items()
         }
         for method, rows in top.items()

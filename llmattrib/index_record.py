@@ -126,10 +126,8 @@ def read_record(path: str) -> dict[str, Any] | None:
     """Return the record at `path`; None when there is none, when it is not whole or of another schema."""
     try:
         record = json.loads(storage.read_bytes(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # not whole: as good as no index
         return None
-    except ValueError:
-        return None  # not whole: as good as no index
     return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
 
 

@@ -195,7 +195,6 @@ def load_model(
     *,
     adapters: Sequence[str] = (),
     dtype: str | None = None,
-    device: str | None = None,
     sharding: Sharding | None = None,
 ) -> LoadedModel:
     """Load the base model and its adapters, frozen.
@@ -204,7 +203,6 @@ def load_model(
         config: which base model, and the shape of the fresh adapter when `adapters` is empty.
         adapters: PEFT folders.
         dtype: of the base weights instead of `config.dtype`.
-        device: instead of `config.device`; `auto` is the current GPU, or the CPU without one.
         sharding: where ranks share the base's weights.
 
     Raises:
@@ -218,35 +216,32 @@ def load_model(
     """
     names = ["default"] if len(adapters) < 2 else [f"adapter{number}" for number in range(len(adapters))]
     paths = [Path(adapter) for adapter in adapters]
-    base, tokenizer, context, fingerprint = _open_base(config, dtype or config.dtype, device, paths, sharding)
+    base, tokenizer, context, fingerprint = _open_base(config, dtype or config.dtype, paths, sharding)
     model = _given(base, paths, names) if paths else _fresh(base, config, seed=0)
     loaded = _loaded(model, tokenizer, names, context)
     loaded.sharding = sharding
     if sharding and sharding.is_placing:
-        loaded.device = resolve_device(device or config.device)
+        loaded.device = resolve_device(config.device)
     _only_trainable(model, [])
     model.eval()
     loaded.fingerprint = fingerprint | _lora_fingerprint(loaded, paths)
     return loaded
 
 
-def prepare_trainable(
-    config: ModelConfig, dtype: str, seed: int, device: str | None = None, adapter: str | None = None
-) -> LoadedModel:
+def prepare_trainable(config: ModelConfig, dtype: str, seed: int, adapter: str | None = None) -> LoadedModel:
     """Load the base model with an adapter whose A and B can be trained.
 
     Args:
         config: base model and LoRA shape.
         dtype: of the base weights; the adapter's are float32.
         seed: of a fresh adapter: A is drawn from `stream(seed, "lora_A", layer, 0)`; B is zero.
-        device: instead of `config.device`.
         adapter: a PEFT folder to begin with instead.
 
     Raises:
         ModelError, ConfigError: as `load_model`.
     """
     paths = [] if adapter is None else [Path(adapter)]
-    base, tokenizer, context, fingerprint = _open_base(config, dtype, device, paths)
+    base, tokenizer, context, fingerprint = _open_base(config, dtype, paths)
     model = _given(base, paths, ["default"]) if paths else _fresh(base, config, seed)
     loaded = _loaded(model, tokenizer, ["default"], context)
     factors = [factor for layer in loaded.layers for factor in layer.factors("default")[:2]]
@@ -288,11 +283,7 @@ def save_adapter(loaded: LoadedModel, folder: Path, base_name: str) -> None:
 
 
 def _open_base(
-    config: ModelConfig,
-    dtype: str,
-    device: str | None,
-    adapters: Sequence[Path] = (),
-    sharding: Sharding | None = None,
+    config: ModelConfig, dtype: str, adapters: Sequence[Path], sharding: Sharding | None = None
 ) -> tuple[Any, PreTrainedTokenizerBase, int, dict[str, str]]:
     """Check the adapters' folders; return base model, tokenizer, context and their part of the fingerprint."""
     folder = resolve_base(config.name, revision=config.revision, trust_remote_code=config.trust_remote_code)
@@ -302,7 +293,7 @@ def _open_base(
     own = adapters or [*map(Path, config.adapters)]  # sub-models train fresh factors, by the run's tokenizer
     tokenizer = load_tokenizer(folder, own, trust_remote_code=config.trust_remote_code)
     context = context_length(folder, tokenizer, trust_remote_code=config.trust_remote_code)
-    base = load_base(config, folder, dtype, resolve_device(device or config.device), sharding)
+    base = load_base(config, folder, dtype, resolve_device(config.device), sharding)
     check_tokenizer(tokenizer, int(base.get_input_embeddings().num_embeddings))
     fingerprint = tokenizer_fingerprint(tokenizer) | {"base_model": base_print, "dtype": dtype}
     if config.quantization is not None:

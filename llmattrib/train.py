@@ -218,9 +218,8 @@ def _train(
 ) -> dict[int, dict[str, Any]]:
     """Train up to the last epoch of `targets`, from the saved state if it is early enough; return their records."""
     check_writable(str(state_file))
-    device = resolve_device(config.model.device)
-    dtype = training_dtype(config.train.dtype, device)
-    loaded = prepare_trainable(config.model, dtype, config.seed, str(device))
+    dtype = training_dtype(config.train.dtype, resolve_device(config.model.device))
+    loaded = prepare_trainable(config.model, dtype, config.seed)
     tuning = FineTuning(loaded, config.train, config.model.lora.dropout, config.seed)
     _require_space(targets[max(targets)], tuning.factors, len(targets))
     losses = _restore(state_file, tuning, fingerprint)

@@ -344,14 +344,6 @@ def test_large_systems_run_in_float32_with_the_same_result_at_any_conditioning(m
     assert oracles.relative_error(narrow.representers, wide.representers) < bound
 
 
-def test_compute_is_the_inner_product():
-    features, responses = oracles.random_game(6, 4, 0, c=2)
-    _, result = run(features, responses, 0.1)
-    queries = oracles.random_game(3, 4, 1)[0]
-    found = MeanField().compute(result, queries)
-    assert found[2, 4, 1] == pytest.approx(queries[2] @ result.representers[4, 1])
-
-
 def test_two_runs_give_the_same_bytes_and_report_progress():
     features, responses = oracles.gradient_like_game(25, 6, 0)
     seen = []
@@ -502,7 +494,7 @@ def test_profile_integrates_to_the_values_and_ends_in_leave_one_out(form, semiva
     queries, players = oracles.random_game(3, 20, 1)[0], np.array([7, 0, 13])
     estimator = MeanField(semivalue, form=form)
     profile = estimator.profile(game, queries, players)
-    values = estimator.compute(estimator.init(game), queries)[:, players]
+    values = np.einsum("mp,ncp->mnc", queries, estimator.init(game).representers[players])
     assert profile.values.shape == profile.earned.shape == (len(profile.q), 3, 3, 2)
     np.testing.assert_allclose(np.tensordot(profile.weights, profile.values, 1), values, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(profile.earned[-1], values, rtol=1e-9, atol=1e-12)
@@ -525,7 +517,7 @@ def test_profile_between_the_ends_is_that_of_single_q():
 
     def at(values_of):
         found = MeanField(ame(values_of)).sweep(game, [weighted_banzhaf(x) for x in values_of])
-        return np.stack([MeanField().compute(result, queries)[:, players] for result in found])
+        return np.stack([np.einsum("mp,ncp->mnc", queries, result.representers[players]) for result in found])
 
     np.testing.assert_allclose(profile.values[node], at([profile.q[node]])[0], rtol=1e-4, atol=1e-6)
     below = profile.q[node] / 2 * np.tensordot(steps, at(list(q)), 1)

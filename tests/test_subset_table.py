@@ -1,10 +1,9 @@
 """Subset tables: designs draw what they say, rows do not depend on who draws them, the kernel game fills them."""
 
-from pathlib import Path
-
 import numpy as np
 import oracles
 import pytest
+from test_build import contents
 
 from llmattrib.errors import FingerprintMismatchError, MethodError, StoreNotFoundError
 from llmattrib.games import kernel_subsets
@@ -25,10 +24,6 @@ from llmattrib.games.subset_table import (
 from llmattrib.memory import require_memory
 
 DESIGNS = [ATTRIBUTION, SHAPLEY, BANZHAF, SIZES]
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def weigh(members):
@@ -85,8 +80,8 @@ def test_a_row_is_the_same_whoever_draws_it(tmp_path):
     table.extend(ATTRIBUTION, 10)
     table.extend(BANZHAF, 8)
     table.extend(ATTRIBUTION, 24)
-    for rank in (1, 0):
-        table.fill(weigh, rank=rank, world_size=2)
+    for shard in reversed(table.pending()):
+        table.fill_shard(shard, weigh)
     rows = SubsetTable.open(str(tmp_path)).rows(ATTRIBUTION)
     expected = draw_rows(ATTRIBUTION, 3, 11, 24, weigh)
     for name in ("members", "p", "draw", "utilities"):

@@ -97,14 +97,12 @@ class AmeResult:
         penalties: [q] LASSO penalty that was chosen, 0 without one.
         num_selected: [q] players with an effect that is not 0.
         cv_errors: [q, k] mean squared error of the folds at each penalty of the path; k = 0 without one.
-        num_rows: subsets used.
     """
 
     values: Float[np.ndarray, "n q"]
     penalties: Float[np.ndarray, " q"]
     num_selected: Int[np.ndarray, " q"]
     cv_errors: Float[np.ndarray, "q k"]
-    num_rows: int
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ class AmeRegression:
         features, scale = player_features(rows.design, rows.members, rows.p)
         result = self.regress(features, rows.utilities, p_buckets(rows.design, rows.p), progress)
         values = scale * result.values
-        return AmeResult(values, result.penalties, result.num_selected, result.cv_errors, result.num_rows)
+        return AmeResult(values, result.penalties, result.num_selected, result.cv_errors)
 
     def regress(
         self,
@@ -166,7 +164,7 @@ class AmeRegression:
             zeros, errors = np.zeros(y.shape[1]), np.zeros((y.shape[1], 0))
         else:
             coefficients, zeros, errors = self._penalized(x, y, progress)
-        return AmeResult(coefficients, zeros, np.count_nonzero(coefficients, axis=0), errors, num_rows)
+        return AmeResult(coefficients, zeros, np.count_nonzero(coefficients, axis=0), errors)
 
     def _penalized(
         self, x: Float[np.ndarray, "m k"], y: Float[np.ndarray, "m q"], progress: Progress

@@ -206,10 +206,6 @@ class MeanField:
         )
         return replace(result, notes=self._notes(result, len(game.features)))
 
-    def compute(self, result: MeanFieldResult, queries: Float[np.ndarray, "m p"]) -> Float[np.ndarray, "m n c"]:
-        """Return the values of all players for query features."""
-        return np.asarray(np.einsum("mp,ncp->mnc", queries, result.representers, optimize=True))
-
     def _notes(self, result: MeanFieldResult, num_players: int) -> tuple[str, ...]:
         notes = []
         if result.num_groups < num_players:

@@ -40,12 +40,10 @@ class TableValues:
     Attributes:
         values: [n, q].
         standard_errors: [n, q].
-        num_rows: subsets used.
     """
 
     values: Float[np.ndarray, "n q"]
     standard_errors: Float[np.ndarray, "n q"]
-    num_rows: int
 
 
 def msr_banzhaf(rows: SubsetRows) -> TableValues:
@@ -67,7 +65,7 @@ def msr_banzhaf(rows: SubsetRows) -> TableValues:
         mean = chosen.T @ centered / counts
         means.append(mean)
         variances.append((chosen.T @ centered**2 / counts - mean**2).clip(0) / (counts - 1))
-    return TableValues(means[0] - means[1], np.sqrt(variances[0] + variances[1]), len(inside))
+    return TableValues(means[0] - means[1], np.sqrt(variances[0] + variances[1]))
 
 
 def size_weights(semivalue: Semivalue, num_players: int) -> Float[np.ndarray, " n"]:
@@ -134,7 +132,7 @@ def table_values(
     weights = np.where(members, into[:, None], -out[:, None])
     mean = weights.T @ residual / total
     error = np.sqrt(((weights**2).T @ residual**2 / total - mean**2).clip(0) / (total - 1))
-    return TableValues(mean + back + asked[-1] * full - asked[0] * empty, error, total)
+    return TableValues(mean + back + asked[-1] * full - asked[0] * empty, error)
 
 
 def _spread(asked: Float[np.ndarray, " n"], drawn: Float[np.ndarray, " k"]) -> float:

@@ -121,7 +121,7 @@ class Permutation:
         first_sample: number of the first sample; disjoint ranges can be merged.
         path: `cholesky`, `rows`, or `auto` for the fewer flops.
         tolerance: stop a permutation once the mean utility over queries is within this part of |U(N) - U(empty)| of
-            U(N); None never stops. Only for `measure_utility`.
+            U(N); None never stops. Of utilities alone.
         num_consecutive: prefixes in a row that must be within the tolerance.
         max_bytes: memory allowed; what is available when None.
     """
@@ -174,35 +174,28 @@ class Permutation:
         moments = Moments.of(self._samples(n, gains, progress), (c, m, n))
         return Moments(moments.count, *(np.moveaxis(part, 0, 2) for part in moments.parts))
 
-    def measure_utility(
-        self, game: KernelGame, queries: Float[np.ndarray, "m p"], utility: Utility, progress: Progress = silent
-    ) -> UtilityResult:
+    def measure_utility(self, game: KernelGame, queries: Float[np.ndarray, "m p"], utility: Utility) -> UtilityResult:
         """Estimate the Shapley values of all players in a utility of the prediction.
 
         Args:
             game: the kernel game.
             queries: phi of the queries.
             utility: what predictions are worth.
-            progress: called with (samples done, samples).
 
         Raises:
             MethodError: it does not fit the memory.
         """
-        found = self.sample_joint_utility([(game, queries)], utility, progress)
+        found = self.sample_joint_utility([(game, queries)], utility)
         return UtilityResult.of(Moments.of(found.samples, found.shape), found)
 
     def sample_joint_utility(
-        self,
-        games: Sequence[tuple[KernelGame, Float[np.ndarray, "m p"]]],
-        utility: Utility,
-        progress: Progress = silent,
+        self, games: Sequence[tuple[KernelGame, Float[np.ndarray, "m p"]]], utility: Utility
     ) -> UtilitySamples:
         """Sample the Shapley values in a utility of the predictions of several games of the same players together.
 
         Args:
             games: kernel games with their query features, of one shape; their responses are the c predictions in turn.
             utility: what predictions are worth.
-            progress: called with (samples done, samples).
 
         Raises:
             MethodError: it does not fit the memory.
@@ -237,10 +230,10 @@ class Permutation:
             values *= weight
             return values
 
-        return UtilitySamples(self._samples(n, gains, progress), empty, full, shape)
+        return UtilitySamples(self._samples(n, gains), empty, full, shape)
 
     def _samples(
-        self, num_players: int, gains: Callable[[Int[np.ndarray, " n"], float], np.ndarray], progress: Progress
+        self, num_players: int, gains: Callable[[Int[np.ndarray, " n"], float], np.ndarray], progress: Progress = silent
     ) -> Iterator[np.ndarray]:
         """Yield the gains of one permutation, or the mean of a pair, at a time."""
         count, weight = self.num_permutations // (2 if self.antithetic else 1), 0.5 if self.antithetic else 1.0

@@ -24,8 +24,6 @@ from llmattrib.games.subset_table import SubsetRows
 from llmattrib.retrain import retrained_seeds
 from llmattrib.rng import stream
 
-NUM_RESAMPLES = 1000
-
 
 @dataclass(frozen=True)
 class Lds:
@@ -60,7 +58,8 @@ def lds_of_run(scores: RunScores) -> Record:
     config = scores.config
     rows, margins = retrained_seeds(config, examples=scores.training)
     scores.require_training()
-    found = {name: lds(array, rows, config.seed) for name, array in scores.table().items()}
+    num_resamples = config.evaluate.num_resamples
+    found = {name: lds(array, rows, config.seed, num_resamples) for name, array in scores.table().items()}
     ranked = sorted(found.items(), key=lambda item: -item[1].lds)
     size = f"{len(rows.p)} subsets ({rows.design.name}), {config.retraining.num_seeds} seeds each"
     return Record(
@@ -74,7 +73,7 @@ def lds_of_run(scores: RunScores) -> Record:
     ).save(config, scores.features.digest())
 
 
-def lds(scores: Float[np.ndarray, "q n"], rows: SubsetRows, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> Lds:
+def lds(scores: Float[np.ndarray, "q n"], rows: SubsetRows, seed: int = 0, num_resamples: int = 1000) -> Lds:
     """Compare scores with what sub-models said.
 
     Args:

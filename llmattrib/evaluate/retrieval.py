@@ -6,7 +6,6 @@ and answer, the baseline any claim must stand beside. Ties are broken by row, so
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -15,25 +14,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 WORD = r"(?u)\b\w+\b"
 
 
-@dataclass(frozen=True)
-class Recall:
-    """Share of probes whose teaching example is among the first k.
-
-    Attributes:
-        at: k -> recall.
-        count: number of probes.
-    """
-
-    at: dict[int, float]
-    count: int
-
-    def to_json(self) -> dict[str, float | int]:
-        """Return `recall@k` for every k, and `count`."""
-        return {**{f"recall@{k}": value for k, value in self.at.items()}, "count": self.count}
-
-
-def recall(top: Sequence[Sequence[int]], targets: Sequence[int], ks: Sequence[int] = (1, 5)) -> Recall:
-    """Measure recall at each k.
+def recall(top: Sequence[Sequence[int]], targets: Sequence[int], ks: Sequence[int]) -> dict[str, float | int]:
+    """Measure recall at each k: the share of probes whose teaching example is among the first k.
 
     Args:
         top: for each probe the best rows, best first, at least max(ks) of them (or all rows).
@@ -41,10 +23,10 @@ def recall(top: Sequence[Sequence[int]], targets: Sequence[int], ks: Sequence[in
         ks: cut-offs.
 
     Returns:
-        Recall at each k; 0 where there are no probes.
+        `recall@k` for every k, 0 where there are no probes, and `count`, their number.
     """
     hits = {k: sum(target in rows[:k] for rows, target in zip(top, targets, strict=True)) for k in ks}
-    return Recall({k: hit / max(len(targets), 1) for k, hit in hits.items()}, len(targets))
+    return {**{f"recall@{k}": hit / max(len(targets), 1) for k, hit in hits.items()}, "count": len(targets)}
 
 
 def top_rows(scores: Float[np.ndarray, "q n"], k: int) -> Int[np.ndarray, "q k"]:

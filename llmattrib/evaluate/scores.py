@@ -232,16 +232,12 @@ class RunScores:
         return {name: self.of(name) for name in (*self.methods, *BASELINES) if name not in without}
 
 
-def bm25_scores(
-    train_texts: Sequence[str], query_texts: Sequence[str], k1: float = 1.5, b: float = 0.75
-) -> Float[np.ndarray, "q n"]:
+def bm25_scores(train_texts: Sequence[str], query_texts: Sequence[str]) -> Float[np.ndarray, "q n"]:
     """Score training texts for each query text by Okapi BM25.
 
     Args:
         train_texts: the documents.
         query_texts: their words are the queries; a word asked twice counts twice.
-        k1: how soon repeated words stop to count.
-        b: how much long documents are scaled down.
 
     Returns:
         Scores; zeros where the training texts hold no word.
@@ -254,6 +250,7 @@ def bm25_scores(
     found_in = np.asarray((counts > 0).sum(axis=0)).ravel()
     rarity = np.log(1 + (len(train_texts) - found_in + 0.5) / (found_in + 0.5))
     rows, columns = counts.nonzero()
+    k1, b = 1.5, 0.75  # how soon repeated words stop to count, and how much long documents are scaled down
     scale = k1 * (1 - b + b * lengths / lengths.mean())
     weights = rarity[columns] * counts.data * (k1 + 1) / (counts.data + scale[rows])
     documents = scipy.sparse.csr_matrix((weights, (rows, columns)), shape=counts.shape)

@@ -337,9 +337,3 @@ class KernelGame:
         residual = self.responses - coordinates @ self._weights(members).T
         residual = residual / np.where(members, 1 - leverage, 1 + leverage)[:, None]
         return np.asarray(residual[:, :, None] * self.space.lift(solved)[:, None, :])
-
-    def leave_one_out_errors(self, ridges: Sequence[float]) -> list[float]:
-        """Return the mean squared leave-one-out residual at each absolute ridge; see the function of that name."""
-        blocks = array_blocks(self.space.coordinates)
-        gram = form_gram(blocks, self.space.coordinates.shape[1])
-        return leave_one_out_errors(blocks, self.responses.astype(np.float64), gram, ridges)

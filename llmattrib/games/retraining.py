@@ -41,9 +41,8 @@ def load_trainable(config: RunConfig, adapter: str | None = None) -> FineTuning:
     Raises:
         ModelError, ConfigError, DeviceMemoryError: as `prepare_trainable`.
     """
-    device = resolve_device(config.model.device)
-    dtype = training_dtype(config.train.dtype, device)
-    loaded = prepare_trainable(config.model, dtype, config.seed, str(device), adapter)
+    dtype = training_dtype(config.train.dtype, resolve_device(config.model.device))
+    loaded = prepare_trainable(config.model, dtype, config.seed, adapter)
     return FineTuning(loaded, config.train, config.model.lora.dropout, config.seed)
 
 

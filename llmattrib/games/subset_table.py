@@ -143,12 +143,12 @@ class SubsetRows:
         fields = {name: getattr(self, name)[rows] for name in ("members", "p", "draw", "utilities")}
         return replace(self, **fields)
 
-    def dummies(self, seed_name: str = "knockoff") -> Bool[np.ndarray, "m n"]:
+    def dummies(self) -> Bool[np.ndarray, "m n"]:
         """Draw for each row a second subset, with the same p, that no utility has seen."""
         if self.design.by_size or self.design.leave_out:
             raise MethodError("subsets of a drawn size have no independent copies", expected="a design of p")
         rows = [
-            stream(self.seed, "subset", seed_name, self.design.name, int(draw)).random(self.num_players) < p
+            stream(self.seed, "subset", "knockoff", self.design.name, int(draw)).random(self.num_players) < p
             for draw, p in zip(self.draw, self.p, strict=True)
         ]
         return np.array(rows).reshape(self.members.shape)
@@ -267,19 +267,17 @@ class SubsetTable:
         drawn = [design.draw(self.seed, self.num_players, row) for row in draw.tolist()]
         return design, np.array([p for p, _ in drawn]), draw, np.array([members for _, members in drawn])
 
-    def fill(self, utility: Utility, progress: Progress = silent, rank: int = 0, world_size: int = 1) -> None:
-        """Evaluate the pending shards of this rank and commit each.
+    def fill(self, utility: Utility, progress: Progress = silent) -> None:
+        """Evaluate the pending shards and commit each.
 
         Args:
             utility: maps members to utilities.
             progress: called with (shards done, shards to do).
-            rank: takes pending shards rank, rank + world_size, ... .
-            world_size: number of ranks.
 
         Raises:
             StoreError: utilities are not finite or of another number, or the table cannot be written.
         """
-        shards = self.pending()[rank::world_size]
+        shards = self.pending()
         for done, shard in enumerate(shards):
             self.fill_shard(shard, utility)
             progress(done + 1, len(shards))

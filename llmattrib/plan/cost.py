@@ -13,6 +13,7 @@ from llmattrib.config import RunConfig
 from llmattrib.estimators.mean_field import LARGE, MeanField
 from llmattrib.estimators.streamed import StreamedField
 from llmattrib.features.curvature import fit_bytes
+from llmattrib.features.extract import COLUMNS
 from llmattrib.index import MAX_POINTS_PER_CENTROID, TRAINING_ROWS
 from llmattrib.index_record import PQ_BITS, resolve_kind
 from llmattrib.manifest import Manifest
@@ -130,19 +131,15 @@ def train_flops(shape: ModelShape, config: RunConfig, tokens: Tokens) -> int:
 
 def features_manifest(config: RunConfig, num_rows: int, dim: int) -> Manifest:
     """Return the manifest that gives the size of the features; its fingerprint is empty."""
-    from_build = ("norm", "loss", "log_odds", "label")
-    return Manifest("features", num_rows, num_outputs(config), dim, config.features_dtype, _shard(config), from_build)
+    shard = config.features.shard_size
+    return Manifest("features", num_rows, num_outputs(config), dim, config.features_dtype, shard, COLUMNS)
 
 
 def representers_bytes(config: RunConfig, num_rows: int, dim: int) -> int:
     """Return the bytes of one method's representers: rows, scales, and the vectors `mean` and `total`."""
     c = num_outputs(config)
-    store = Manifest("representers", num_rows, c, dim, config.reduce.dtype, _shard(config))
+    store = Manifest("representers", num_rows, c, dim, config.reduce.dtype, config.features.shard_size)
     return store.num_bytes + 2 * _VECTOR_BYTES * c * dim
-
-
-def _shard(config: RunConfig) -> int:
-    return config.features.shard_size
 
 
 def index_flops(config: IndexConfig, num_rows: int, dim: int) -> dict[str, int]:
@@ -178,7 +175,7 @@ def reduce_cost(config: RunConfig, method: Method, num_rows: int, dim: int) -> d
     is_whitened = features.preconditioner != "none"
     settings = resolve(config.reduce, method, features.output, has_labels, num_rows, dim, is_whitened)
     n, p, c, d = num_rows, dim, num_outputs(config), min(num_rows, dim)
-    shard = 3 * _VECTOR_BYTES * min(_shard(config), n) * c * p  # two blocks are read ahead, one is written
+    shard = 3 * _VECTOR_BYTES * min(features.shard_size, n) * c * p  # two blocks are read ahead, one is written
     if settings.form == "streamed":
         streamed = StreamedField()
         draws = 8 * 32 * p * p if settings.certificate_draws else 0
@@ -218,4 +215,4 @@ def sketch_table_bytes(shape: ModelShape, config: RunConfig) -> int:
 
 def shard_bytes(config: RunConfig, dim: int) -> int:
     """Return the host memory of a shard while it is built and written: float32 rows and their stored copy."""
-    return _shard(config) * num_outputs(config) * dim * (4 + np.dtype(config.features_dtype).itemsize)
+    return config.features.shard_size * num_outputs(config) * dim * (4 + np.dtype(config.features_dtype).itemsize)

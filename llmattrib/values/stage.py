@@ -160,11 +160,6 @@ def _settings(config: RunConfig, utility: str) -> dict[str, Any]:
     return {"method": method, "utility": utility, **{key: options[key] for key in read}}
 
 
-def _kernel_settings(config: RunConfig, reader: FeatureReader) -> Any:
-    """Return the resolved settings of the kernel game that sampling methods play."""
-    return reader.resolve(config.reduce, "shapley")
-
-
 def _game_fingerprint(config: RunConfig, reader: FeatureReader) -> Any:
     """Return what else of reduce the values depend on."""
     method = config.values.method
@@ -172,7 +167,7 @@ def _game_fingerprint(config: RunConfig, reader: FeatureReader) -> Any:
         return None
     if method not in _OPTIONS:
         return current_representers(config, method, reader.store).digest()
-    settings = asdict(_kernel_settings(config, reader))
+    settings = asdict(reader.resolve(config.reduce, "shapley"))
     return {name: settings[name] for name in ("center", "normalize", "members", "ridge", "response")}
 
 
@@ -193,7 +188,7 @@ def _estimate(
         return from_neighbors(config, reader, validation, progress)
     if method not in _OPTIONS:
         return from_representers(config, reader, validation, kept, progress)
-    game = ValidationGame.of(reader, _kernel_settings(config, reader), validation)
+    game = ValidationGame.of(reader, reader.resolve(config.reduce, "shapley"), validation)
     if method == "subset":
         return from_subsets(config, game, kept, progress)
     if method == "permutation":
