@@ -13,13 +13,13 @@ import pytest
 import zarr
 from records import record
 from test_build import changed, contents
+from test_resume import config_file
 from tiny import tiny_rows, tiny_run
 from typer.testing import CliRunner
 
 from llmattrib import storage
 from llmattrib.build import build_features
 from llmattrib.cli import app
-from llmattrib.config import config_to_yaml
 from llmattrib.data import read_examples
 from llmattrib.errors import FingerprintMismatchError, StaleIndexError
 from llmattrib.features.extract import Extractor
@@ -239,8 +239,7 @@ def test_an_extension_that_was_killed_can_be_followed_by_a_larger_one_or_given_u
 
 def test_a_process_that_is_killed_while_it_extends(run, tmp_path):
     whole = expected(run, tmp_path / "whole")
-    settings = tmp_path / "run.yaml"
-    settings.write_text(config_to_yaml(run))
+    settings = config_file(run, tmp_path)
     code = """
 import os, signal, sys
 from llmattrib import storage
@@ -335,8 +334,7 @@ def test_representers_index_and_query_follow(run, monkeypatch):
 
 def test_the_commands_follow_data_that_grew(run, tmp_path):
     """build, reduce, index, query and verify as a person types them, before and after."""
-    settings = tmp_path / "run.yaml"
-    settings.write_text(config_to_yaml(run))
+    settings = config_file(run, tmp_path)
 
     def say(command, *options, code=0):
         said = CliRunner().invoke(app, [command, str(settings), *options])

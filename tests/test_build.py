@@ -35,6 +35,7 @@ from llmattrib.store import RowStore
 
 
 def contents(folder):
+    """Every file below `folder`: relative name -> bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 

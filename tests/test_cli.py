@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from test_resume import config_file
 from tiny import tiny_run
 from typer.testing import CliRunner
 
 from llmattrib import catalogue, console
 from llmattrib.cli import app
-from llmattrib.config import RunConfig, config_to_yaml
+from llmattrib.config import RunConfig
 from llmattrib.data import read_examples
 from llmattrib.errors import ConfigError
 from llmattrib.hits import Hit, Hits
@@ -51,18 +52,12 @@ def llmattrib(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
 
-def write_config(tmp_path: Path, config: RunConfig) -> str:
-    path = tmp_path / "config.yaml"
-    path.write_text(config_to_yaml(config))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunConfig, Any]:
     """A config file whose stages were all run by `llmattrib run`."""
     tmp_path = tmp_path_factory.mktemp("cli")
     config = tiny_run(tmp_path, query={"max_new_tokens": 4, "top": 3})
-    path = write_config(tmp_path, config)
+    path = str(config_file(config, tmp_path))
     return path, config, llmattrib("run", path)
 
 
@@ -286,7 +281,7 @@ def fails(*arguments: str) -> str:
 
 def test_stages_out_of_order_name_the_one_to_run(tmp_path: Path) -> None:
     config = tiny_run(tmp_path)
-    path = write_config(tmp_path, config)
+    path = str(config_file(config, tmp_path))
     assert "run `llmattrib build` first" in fails("reduce", path)
     assert "run `llmattrib reduce` first" in fails("index", path)
     assert "run `llmattrib build` first" in fails("query", path, "-p", "x")
@@ -306,7 +301,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_wrong_override(tmp_path: Path) -> None:
-    path = write_config(tmp_path, tiny_run(tmp_path))
+    path = str(config_file(tiny_run(tmp_path), tmp_path))
     assert "features.output: Input should be" in fails("build", path, "features.output=los")
     assert "override 'x' is not understood" in fails("build", path, "x")
 
@@ -314,7 +309,7 @@ def test_wrong_override(tmp_path: Path) -> None:
 def test_missing_field_names_file_and_line(tmp_path: Path) -> None:
     config = tiny_run(tmp_path)
     Path(config.data.train).write_text('{"id": "a", "prompt": "x", "completion": "y"}\n{"id": "b", "prompt": "x"}\n')
-    text = fails("build", write_config(tmp_path, config))
+    text = fails("build", str(config_file(config, tmp_path)))
     assert re.search(r"train\.jsonl line 2: the field 'completion' is missing", text)
 
 

@@ -13,11 +13,12 @@ from test_append import grow, write_rows
 from test_build import changed, contents
 from test_distributed import launch
 from test_features import examples, oracle_outputs, trained_pair
+from test_resume import config_file
 from tiny import tiny_adapter_dir, tiny_model_dir, tiny_rows, tiny_run
 from torch import Tensor, nn
 
 from llmattrib.build import build_features
-from llmattrib.config import RunConfig, config_to_yaml
+from llmattrib.config import RunConfig
 from llmattrib.encoding import Encoded
 from llmattrib.errors import CurvatureError, FeatureError, FingerprintMismatchError, NonFiniteGradientError
 from llmattrib.features.capture import gradients
@@ -325,8 +326,7 @@ build_features(load_config(sys.argv[1]), ranks())
 def test_two_processes_write_the_same_bytes_as_one(made: RunConfig, tmp_path: Path) -> None:
     config = elsewhere(made, tmp_path)
     (tmp_path / "build.py").write_text(BUILD)
-    (tmp_path / "run.yaml").write_text(config_to_yaml(config))
-    ended = launch(tmp_path / "build.py", tmp_path / "run.yaml")
+    ended = launch(tmp_path / "build.py", config_file(config, tmp_path))
     assert ended.returncode == 0, ended.stderr
     assert files(config) == files(made)
 

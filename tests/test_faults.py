@@ -18,9 +18,9 @@ import pytest
 from records import recorded
 from test_build import changed, contents
 from test_distributed import ROOT, rank_environments
+from test_resume import config_file
 from tiny import tiny_run
 
-from llmattrib.config import config_to_yaml
 from llmattrib.index import build_index
 from llmattrib.plan.cost import features_manifest
 from llmattrib.reduce import reduce_run
@@ -47,8 +47,7 @@ class Place:
     def __init__(self, zygote, base, folder, run_dir=None):
         self.zygote, self.folder = zygote, folder
         self.config = changed(base, run_dir=run_dir or folder / "run")
-        self.file = folder / "run.yaml"
-        self.file.write_text(config_to_yaml(self.config))
+        self.file = config_file(self.config, folder)
         self.features = self.config.layout.features
         self.num_started = 0
 

@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from test_build import changed
 from tiny import LABEL_WORDS, tiny_rows, tiny_run
 from transformers import AutoModelForCausalLM
 
@@ -73,13 +74,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunCon
         return made[flavour]
 
     return get
-
-
-def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
-    tree = config.model_dump(mode="json")
-    for section, values in sections.items():
-        tree[section] = tree[section] | values
-    return RunConfig.model_validate(tree)
 
 
 def copied(config: RunConfig, tmp_path: Path) -> RunConfig:

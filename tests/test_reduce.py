@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import oracles
 import pytest
+from test_build import contents
 
 from llmattrib import reduce as reduce_module
 from llmattrib.config import RunConfig, validate_config
@@ -78,10 +79,6 @@ def representers(config: RunConfig, method: str) -> tuple[RowStore, np.ndarray]:
     store = RowStore.open(config.layout.representers(method))
     store.require_complete()
     return store, store.read(0, store.manifest.num_rows)
-
-
-def files_of(folder: str) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(("method", "form"), [("shapley", "pairs"), ("shapley", "streamed"), ("influence", "auto")])
@@ -283,7 +280,7 @@ def test_semivalues_of_a_run_share_a_sweep_and_have_the_bytes_they_have_alone(tm
         if not Path(alone.layout.features).exists():
             write_features(alone, draw(20, 5))
         reduce_run(alone)
-        assert files_of(alone.layout.representers(method)) == files_of(together.layout.representers(method))
+        assert contents(alone.layout.representers(method)) == contents(together.layout.representers(method))
     assert Path(together.layout.representers("beta_shapley(4,1)")).name == "beta_shapley_4_1.zarr"
 
 
@@ -326,7 +323,7 @@ def test_equal_representers_are_reused_and_others_replaced(tmp_path):
     config = make_run(tmp_path, methods=["influence", "shapley"])
     features = write_features(config, draw(20, 5))
     first = reduce_run(config)
-    before = {method: files_of(config.layout.representers(method)) for method in config.reduce.methods}
+    before = {method: contents(config.layout.representers(method)) for method in config.reduce.methods}
     again = reduce_run(config)
     assert [result.is_reused for result in first + again] == [False, False, True, True]
     for old, new in zip(first, again, strict=True):
@@ -334,7 +331,7 @@ def test_equal_representers_are_reused_and_others_replaced(tmp_path):
     other = make_run(tmp_path, methods=["influence", "shapley"], form="cavity")
     assert [result.is_reused for result in reduce_run(other)] == [True, False]  # influence has no form
     assert [result.is_reused for result in reduce_run(config)] == [True, False]
-    assert before == {method: files_of(config.layout.representers(method)) for method in config.reduce.methods}
+    assert before == {method: contents(config.layout.representers(method)) for method in config.reduce.methods}
     reduce_module.storage.remove(features.path)
     write_features(config, draw(20, 5, seed=9))
     assert [result.is_reused for result in reduce_run(config)] == [False, False]
@@ -345,7 +342,7 @@ def test_damaged_features_are_named_and_what_was_there_is_kept(tmp_path, method)
     config = make_run(tmp_path, methods=[method])
     features = write_features(config, draw(20, 5))
     reduce_run(config)
-    before = files_of(config.layout.representers(method))
+    before = contents(config.layout.representers(method))
     shard = Path(features.path, "rows/c.1.0.0")
     data = bytearray(shard.read_bytes())
     data[3] ^= 1
@@ -354,18 +351,18 @@ def test_damaged_features_are_named_and_what_was_there_is_kept(tmp_path, method)
     other = make_run(tmp_path, methods=[method], center=method != "shapley")
     with pytest.raises(CorruptShardError, match=r"shard 1 of .*features\.zarr[\s\S]*delete .*commits/000001-"):
         reduce_run(other)
-    assert files_of(config.layout.representers(method)) == before
+    assert contents(config.layout.representers(method)) == before
 
 
 def test_representers_that_cannot_be_computed_leave_those_that_are_there(tmp_path, monkeypatch):
     config = make_run(tmp_path, methods=["shapley"])
     write_features(config, draw(20, 5))
     reduce_run(config)
-    before = files_of(config.layout.representers("shapley"))
+    before = contents(config.layout.representers("shapley"))
     monkeypatch.setattr("llmattrib.memory.available_memory", lambda: 10)
     with pytest.raises(MethodError, match=r"needs .* GiB of memory"):
         reduce_run(make_run(tmp_path, methods=["shapley"], ridge=0.5))
-    assert files_of(config.layout.representers("shapley")) == before
+    assert contents(config.layout.representers("shapley")) == before
 
 
 @pytest.mark.parametrize(("method", "form"), [("influence", "auto"), ("shapley", "pairs"), ("shapley", "streamed")])
@@ -373,7 +370,7 @@ def test_killed_reduce_is_finished_to_the_same_bytes(tmp_path, method, form, mon
     config = make_run(tmp_path, methods=[method], form=form)
     write_features(config, draw(30, 5))
     reduce_run(config)
-    whole = files_of(config.layout.representers(method))
+    whole = contents(config.layout.representers(method))
     reduce_module.storage.remove(config.layout.representers(method))
     write_shard = RowStore.write_shard
 
@@ -389,7 +386,7 @@ def test_killed_reduce_is_finished_to_the_same_bytes(tmp_path, method, form, mon
     assert RowStore.open(config.layout.representers(method)).pending() == [2, 3]
     (result,) = reduce_run(config)
     assert not result.is_reused
-    assert files_of(config.layout.representers(method)) == whole
+    assert contents(config.layout.representers(method)) == whole
 
 
 def test_progress_rises_to_its_end(tmp_path):

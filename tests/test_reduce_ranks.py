@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import oracles
 import pytest
+from test_build import contents
 from test_distributed import launch, rank_environments
-from test_reduce import draw, files_of, make_run, representers, write_features
+from test_reduce import draw, make_run, representers, write_features
 
 from llmattrib.config import config_to_yaml
 from llmattrib.distributed import GRACE_SECONDS, Ranks
@@ -122,7 +123,7 @@ def test_two_processes_agree_with_one_to_rounding(work, tmp_path):
 def test_two_processes_give_the_same_bytes_twice(work):
     _, first, second, _, _ = work
     for method in METHODS:
-        assert files_of(first.layout.representers(method)) == files_of(second.layout.representers(method))
+        assert contents(first.layout.representers(method)) == contents(second.layout.representers(method))
 
 
 @pytest.mark.distributed
@@ -143,7 +144,7 @@ def test_a_rank_that_ends_takes_the_others_along_and_the_rest_is_done_later(work
     assert 1 not in pending
     assert reduce_by_two(zygote, config, tmp_path).count(": trak, ridge") == 1
     for method in METHODS:
-        assert files_of(config.layout.representers(method)) == files_of(first.layout.representers(method))
+        assert contents(config.layout.representers(method)) == contents(first.layout.representers(method))
 
 
 @pytest.mark.distributed
@@ -151,10 +152,10 @@ def test_semivalues_held_in_memory_are_the_first_ranks_and_keep_their_bytes(zygo
     config = make_run(tmp_path, methods=["influence", "shapley"])
     write_features(config, draw(5, 4))  # one shard: the second rank has none
     reduce_run(config)
-    alone = {method: files_of(config.layout.representers(method)) for method in config.reduce.methods}
+    alone = {method: contents(config.layout.representers(method)) for method in config.reduce.methods}
     shutil.rmtree(config.layout.path("representers"))
     assert reduce_by_two(zygote, config, tmp_path).count("sum-rule error") == 1
-    assert alone == {method: files_of(config.layout.representers(method)) for method in config.reduce.methods}
+    assert alone == {method: contents(config.layout.representers(method)) for method in config.reduce.methods}
 
 
 class _Part(Ranks):

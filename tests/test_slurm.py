@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from slurm_cluster import Cluster, missing, until
 from test_build import contents
+from test_resume import config_file
 from tiny import tiny_adapter_dir, tiny_run
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 from llmattrib import slurm
 from llmattrib.build import build_features
 from llmattrib.cli import app
-from llmattrib.config import RunConfig, config_to_yaml, load_config
+from llmattrib.config import RunConfig, load_config
 from llmattrib.errors import ConfigError, SlurmError
 from llmattrib.index import build_index, open_index
 from llmattrib.reduce import reduce_run
@@ -36,12 +37,6 @@ COMMANDS = ("sbatch", "squeue", "scancel")
 
 def llmattrib(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-
-
-def write_config(config: RunConfig, folder: Path) -> str:
-    path = folder / "run.yaml"
-    path.write_text(config_to_yaml(config))
-    return str(path)
 
 
 def run_of(folder: Path, **sections: Any) -> RunConfig:
@@ -79,7 +74,7 @@ def fake(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
 @pytest.fixture
 def path(tmp_path: Path) -> str:
     section = {"partition": "gpu", "time": "4:00:00", "sbatch": ["--mem=8G"], "setup": ["module load cuda", "true"]}
-    return write_config(run_of(tmp_path, slurm=section), tmp_path)
+    return str(config_file(run_of(tmp_path, slurm=section), tmp_path))
 
 
 @pytest.fixture
@@ -353,7 +348,7 @@ def test_a_chain_that_loses_a_node_and_is_warned_ends_with_the_bytes_of_a_local_
 ) -> None:
     config = run_of(tmp_path, reduce={"methods": ["influence", "grad_dot"]}, slurm={"reduce_nodes": 2})
     options = ("--nodes", "2", "--gpus-per-node", "0")
-    result = llmattrib("submit", write_config(config, tmp_path), *options)
+    result = llmattrib("submit", str(config_file(config, tmp_path)), *options)
     assert result.exit_code == 0, result.output
     jobs = slurm.recorded(config.layout)
     build = jobs[1]
@@ -399,7 +394,7 @@ def test_a_chain_that_loses_a_node_and_is_warned_ends_with_the_bytes_of_a_local_
 @pytest.mark.slurm
 def test_wait_fails_with_the_log_of_the_job_that_failed(on_cluster: Cluster, tmp_path: Path) -> None:
     config = run_of(tmp_path, slurm={"gpus_per_node": 0, "setup": ["echo no module loaded >&2", "false"]})
-    result = llmattrib("submit", write_config(config, tmp_path), "--wait")
+    result = llmattrib("submit", str(config_file(config, tmp_path)), "--wait")
     assert result.exit_code == 2
     text = " ".join(result.stderr.split())
     assert re.search(r"job \d+ \(train\) ended as FAILED; the end of .* no module loaded", text)
@@ -412,7 +407,7 @@ def test_an_array_of_jobs_shares_the_shards_and_one_that_is_warned_goes_on(on_cl
     config = run_of(tmp_path, slurm={"gpus_per_node": 0, "array": 3}, reduce={"methods": ["grad_dot"]})
     adapter = tiny_adapter_dir(tmp_path, config.model.name)
     settings = [f"model.adapters=[{adapter}]", "features.linearisation=trained"]
-    path = write_config(config, tmp_path)
+    path = str(config_file(config, tmp_path))
     own = load_config(path, settings)
     result = llmattrib("submit", path, *settings)
     assert result.exit_code == 0, result.output

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import zarr
 from records import record
+from test_build import contents
 
 from llmattrib.commits import Problem, record_path
 from llmattrib.errors import (
@@ -68,11 +69,6 @@ def fill(store, shards=None):
         part = slice(*store.shard_range(shard))
         store.write_shard(shard, rows[part], {name: values[part] for name, values in columns.items()})
     return store
-
-
-def contents(folder):
-    """Every file below `folder`: relative name -> bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """The growing table: what is written comes back, growing in steps gives the same bytes, damage is found and named."""
 
-from pathlib import Path
-
 import fsspec
 import numpy as np
 import pytest
 from records import record
+from test_build import contents
 
 from llmattrib.errors import (
     CorruptShardError,
@@ -37,10 +36,6 @@ def shard_data(shard, size=4):
 def fill(table):
     for shard in table.pending():
         table.write_shard(shard, shard_data(shard))
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 @pytest.fixture(params=["local", "object store"])

@@ -12,12 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from oracles import subset_weights
 from records import record
+from test_build import changed
+from test_resume import config_file
 from tiny import LABEL_WORDS, tiny_jsonl, tiny_run
 from typer.testing import CliRunner
 
 from llmattrib.build import build_features
 from llmattrib.cli import app
-from llmattrib.config import RunConfig, config_to_yaml, validate_config
+from llmattrib.config import RunConfig
 from llmattrib.data import load_validation_examples
 from llmattrib.errors import (
     ConfigError,
@@ -62,13 +64,6 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     },
 }
 Made = Callable[..., RunConfig]
-
-
-def changed(config: RunConfig, **sections: Any) -> RunConfig:
-    tree = config.model_dump(mode="json")
-    for section, values in sections.items():
-        tree[section] = tree[section] | values if isinstance(values, dict) else values
-    return validate_config(tree)
 
 
 @pytest.fixture(scope="module")
@@ -553,8 +548,7 @@ def test_freeshap_is_no_method_of_reduce(finished: Made, reduce: dict[str, Any])
 
 def test_command_line(finished: Made, tmp_path: Path) -> None:
     config = copied(finished("margin", num_samples=32), tmp_path)
-    path = tmp_path / "run.yaml"
-    path.write_text(config_to_yaml(config))
+    path = config_file(config, tmp_path)
     shown = CliRunner().invoke(app, ["values", str(path), "--top", "2"], catch_exceptions=False)
     assert shown.exit_code == 0, shown.output
     assert f"wrote {config.layout.path('values', 'shapley.csv')} and " in shown.stdout

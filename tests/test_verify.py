@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from records import record
 from test_build import changed, contents
+from test_resume import config_file
 from tiny import tiny_jsonl, tiny_run
 from typer.testing import CliRunner
 
@@ -21,7 +22,7 @@ from llmattrib.adapters import ADAPTER_WEIGHTS, RECORD
 from llmattrib.build import build_features
 from llmattrib.cli import app
 from llmattrib.commits import checksum, record_path
-from llmattrib.config import config_to_yaml, load_config
+from llmattrib.config import load_config
 from llmattrib.errors import StoreLockedError
 from llmattrib.index import build_index
 from llmattrib.lock import locked
@@ -347,8 +348,7 @@ def test_the_command_line(run, tmp_path):
         result = CliRunner().invoke(app, ["verify", *arguments], catch_exceptions=False)
         return result.exit_code, result.stdout
 
-    path = tmp_path / "c.yaml"
-    path.write_text(config_to_yaml(run))
+    path = config_file(run, tmp_path)
     assert command(str(path)) == (0, "sound: every checksum, fingerprint and number of rows is right\n")
     flip(Path(run.layout.features, "rows/c.1.0.0"))
     code, printed = command(str(path), "seed=0")

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+from test_resume import config_file
 from tiny import tiny_rows, tiny_run
 from typer.testing import CliRunner
 
 from llmattrib.build import build_features
 from llmattrib.cli import app as command_line
-from llmattrib.config import RunConfig, config_to_yaml
+from llmattrib.config import RunConfig
 from llmattrib.errors import ConfigError
 from llmattrib.index import build_index
 from llmattrib.query import Run
@@ -243,8 +244,7 @@ def test_a_missing_server_package_names_the_extra() -> None:
 
 
 def test_the_command_refuses_before_it_loads_anything(config: RunConfig, tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(config_to_yaml(config))
+    path = config_file(config, tmp_path)
     ended = CliRunner().invoke(command_line, ["serve", str(path), "--host", "0.0.0.0"])
     assert ended.exit_code == 2
     assert "LLMATTRIB_TOKEN" in ended.stderr
