@@ -82,8 +82,8 @@ def _exact(scores: RunScores) -> str:
     return "" if outputs == 1 else "the features have a row for each class"
 
 
-def _halves(config: RunConfig) -> str:
-    count = RowStore.open(config.layout.features).manifest.num_rows
+def _halves(scores: RunScores) -> str:
+    count = scores.features.manifest.num_rows
     return "" if count >= FEWEST else f"halves of {count} examples say nothing; {FEWEST} or more are needed"
 
 
