@@ -15,6 +15,7 @@ import gc
 import json
 import logging
 import os
+import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -260,14 +261,17 @@ class Ranks:
         """Guard work in which ranks that share a model's weights wait for each other inside its passes.
 
         A rank that fails in a pass cannot tell the others, who wait in it; they fail when it is gone, or the launcher
-        ends them.
+        ends them. On GPUs a rank that fails by itself ends without NCCL's farewell, in which it would wait for the
+        others, and they for it.
 
         Raises:
             Exception: what was raised here, on the rank that failed first; the others leave by `SystemExit`.
         """
         try:
             yield
-        except Exception:
+        except Exception as error:
+            if self.world_size > 1 and self.device != "cpu" and not hasattr(error, _AGREED):
+                atexit.register(_end)  # the last that is registered is the first to run, so before `_leave`
             if self.sharding is None or self.world_size == 1 or _board().add("llmattrib/failed", 1) == 1:
                 raise
             time.sleep(GRACE_SECONDS)
@@ -360,6 +364,13 @@ def _leave(state: PartialState) -> None:
     """
     gc.collect()
     state.destroy_process_group()
+
+
+def _end() -> None:
+    """End the process, which has said why."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_CODE)
 
 
 def _board() -> Any:

@@ -128,3 +128,27 @@ def test_two_processes_agree_and_fail_together(tmp_path):
     assert ended.returncode != 0
     assert ended.stderr.count("ZeroDivisionError") == 1
     assert EXIT_CODE == 2
+
+
+ALONE = """
+import atexit, sys
+from llmattrib.distributed import _AGREED, Ranks
+atexit.register(print, "farewell")
+error = ValueError("no room")
+if sys.argv[2] == "agreed":
+    setattr(error, _AGREED, True)
+with Ranks(1, 2, sys.argv[1]).lockstep():
+    raise error
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "farewell"), [("cuda:1", "alone", False), ("cuda:1", "agreed", True), ("cpu", "alone", True)]
+)
+def test_a_rank_that_fails_alone_on_a_gpu_does_not_wait_for_the_others(device, kind, farewell):
+    """NCCL's end is a collective call: the launcher would not see that the rank has failed."""
+    command = [sys.executable, "-c", ALONE, device, kind]
+    ended = subprocess.run(command, env=launch_env(), capture_output=True, text=True, check=False)
+    assert "ValueError: no room" in ended.stderr
+    assert ended.returncode == (1 if farewell else EXIT_CODE)
+    assert ("farewell" in ended.stdout) == farewell
