@@ -14,7 +14,7 @@ work would show, so the same representers give the same bytes. Which kind to tak
 
 Limits: building holds what the index holds (all but ivfpq: n * c * p * 4 bytes); training of scan and ivfpq holds
 65,536 rows, or 256 for each list if that is more. Vectors are mapped from a local file and not held when it is
-searched. A GPU build of faiss searches `flat` and `ivfpq` on the GPUs, up to 2,048 hits.
+searched. A GPU build of faiss searches `flat`, and `ivfpq` of at most 48 bytes, on the GPUs, up to 2,048 hits.
 This module alone imports faiss.
 Source: Douze et al., The Faiss library (2024), arXiv 2401.08281; Andre, Kermarrec and Le Scouarnec, Accelerated
 nearest neighbor search with Quick ADC (2017), arXiv 1704.07355.
@@ -34,7 +34,7 @@ from jaxtyping import Float, Int
 from llmattrib import storage
 from llmattrib.config import RunConfig
 from llmattrib.coordinates import coordinates_of
-from llmattrib.errors import ConfigError, CorruptShardError, StoreNotFoundError
+from llmattrib.errors import ConfigError, CorruptShardError, StoreNotFoundError, memory_errors
 from llmattrib.index_record import (
     PQ_BITS,
     SCAN_BITS,
@@ -68,6 +68,7 @@ except ImportError as missing:
 
 MAX_POINTS_PER_CENTROID = 256  # faiss draws this many above it
 MAX_GPU_HITS = 2048  # and lists probed
+GPU_CODES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48)  # bytes a row of ivfpq that the GPU build of faiss knows
 TRAINING_ROWS = 65_536
 CANDIDATES_PER_HIT = 20  # at least
 SMALLER_FILE = "free space, set run_dir on a larger disk, or set index.kind=ivfpq: its file holds codes alone"
@@ -91,10 +92,13 @@ class VectorIndex:
         probes = min(config.ivf_probes, config.ivf_lists) if kind == "ivfpq" else 0
         if kind == "ivfpq":
             faiss.extract_index_ivf(index).nprobe = probes
-        if kind in ("flat", "ivfpq") and faiss.get_num_gpus() > 0 and probes <= MAX_GPU_HITS:
+        is_known = probes <= MAX_GPU_HITS and config.pq_subquantizers in GPU_CODES
+        if (kind == "flat" or (kind == "ivfpq" and is_known)) and faiss.get_num_gpus() > 0:
             options = faiss.GpuMultipleClonerOptions()
             options.shard = True
-            self._gpu_index = faiss.index_cpu_to_all_gpus(index, options)
+            fix = "free memory of the GPUs, or hide them: CUDA_VISIBLE_DEVICES="
+            with memory_errors(f"the index of {index.ntotal:,} rows", expected="room for it on all GPUs", fix=fix):
+                self._gpu_index = faiss.index_cpu_to_all_gpus(index, options)
 
     @property
     def num_rows(self) -> int:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import faiss
@@ -17,6 +18,7 @@ from llmattrib.config import RunConfig, validate_config
 from llmattrib.errors import (
     ConfigError,
     CorruptShardError,
+    DeviceMemoryError,
     DiskSpaceError,
     IncompleteStoreError,
     StaleIndexError,
@@ -502,6 +504,30 @@ def test_index_on_a_url(tmp_path: Path) -> None:
     _, found = open_index(config, "trak").search(queries, 1)
     np.testing.assert_array_equal(found[:, 0], (queries @ rows.reshape(50, 8).T).argmax(1))
     assert build_index(config, "trak").is_reused
+
+
+@pytest.mark.parametrize(("codes", "on_gpu"), [(8, True), (10, False)])
+def test_codes_that_faiss_knows_on_no_gpu_are_searched_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: int, on_gpu: bool
+) -> None:
+    def clone(index: Any, options: Any) -> Any:
+        if taken:
+            raise RuntimeError("StandardGpuResources: alloc fail type FlatData (cudaMalloc error out of memory [2])")
+        taken.append(index)
+        return index
+
+    taken: list[Any] = []
+    config = make_run(tmp_path, **APPROXIMATE["ivfpq"] | {"pq_subquantizers": codes})
+    write_both(config, clustered(10_000, 16))
+    build_index(config, "trak")
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "GpuMultipleClonerOptions", SimpleNamespace, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", clone, raising=False)
+    open_index(config, "trak").search(clustered(8, 16).reshape(8, -1), 10)
+    assert bool(taken) == on_gpu
+    if on_gpu:
+        with pytest.raises(DeviceMemoryError, match=r"the index of 10,000 rows does not fit[\s\S]*hide them"):
+            open_index(config, "trak")
 
 
 @pytest.mark.gpu
