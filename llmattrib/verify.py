@@ -268,13 +268,13 @@ class _Checks:
         if not (named or stored or features.manifest.info.get("has_adapter") or storage.exists(paths[0])):
             return  # the base model answers
         for path, what in adapter_faults(paths, stored):
-            again = (
-                "restore it, or correct model.adapters"
-                if named
-                else f"rm -rf {shlex.quote(path)} && {self.command('train')}"
-            )
-            if stored:
-                again += f"; to take another: rm -r {shlex.quote(features.path)} && {self.command('build')}"
+            again = self.command("train")
+            if named:
+                again = "restore it, or correct model.adapters"
+            elif "features" in what:
+                again = f"restore it, or: rm -r {shlex.quote(features.path)} && {self.command('build')}"
+            elif storage.exists(path):
+                again = f"rm -r {shlex.quote(path)} && {again}"
             yield Finding(self.short(path), what, again)
 
     def curvature(self, features: RowStore) -> Iterator[Finding]:
