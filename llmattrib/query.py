@@ -215,7 +215,8 @@ class Run:
             queries: what is asked.
             top: examples of either kind (default: the config's).
             methods: default: the config's one.
-            rerank, explain: as in `query`, whose errors these are too.
+            rerank: see `query`.
+            explain: see `query`; so are the errors.
         """
         if top is not None and top < 1:
             raise ConfigError(f"top is {top}", expected="1 or more", fix="ask for one example of either kind, or more")
