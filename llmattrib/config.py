@@ -19,6 +19,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticSerializationError
 
 from llmattrib.errors import ConfigError
 from llmattrib.layout import RunLayout
@@ -172,7 +173,7 @@ def validate_config(tree: Mapping[str, Any], source: str = "config") -> RunConfi
         ConfigError: naming every key that is wrong, what was found and what is accepted.
     """
     try:
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
         rows = [
             f"{'.'.join(str(part) for part in item['loc']) or 'config'}: {_complaint(item)}"
@@ -180,6 +181,13 @@ def validate_config(tree: Mapping[str, Any], source: str = "config") -> RunConfi
             for item in error.errors()
         ]
         raise ConfigError(f"{source} is not accepted: " + "; ".join(rows), fix="correct the named keys") from error
+    try:
+        config.model_dump_json()
+    except PydanticSerializationError as error:
+        raise ConfigError(
+            f"{source} holds half of a character ({error})", expected="whole Unicode characters"
+        ) from error
+    return config
 
 
 _PLAIN = {

@@ -80,6 +80,7 @@ def test_every_shipped_config_is_accepted(path: Path) -> None:
         ("train=", r"train: is no section: write its settings below it, or leave it out \(found None\)"),
         ("model.adapters=a/b", r"model\.adapters: is no list: write \[a, b\] \(found 'a/b'\)"),
         ("model.adapters=[a/b, ./a/b/]", r"model\.adapters: .*one adapter is named twice"),
+        ('data.system="so sad \\ud83d"', r"holds half of a character .*\\ud83d' in position 7"),
         ("features.output=los", r"features\.output: Input should be 'loss', 'log_odds'.*\(found 'los'\)"),
         ("features.sketch.dim=0", r"features\.sketch\.dim: Input should be greater than 0"),
         ("data.label_words=[spam]", r"data\.label_words names one word"),

@@ -145,7 +145,7 @@ def test_both_forms_of_the_truth_are_one(run, tmp_path):
     wrong = read_mislabeled(scores)
     assert np.flatnonzero(wrong).tolist() == list(WRONG)
     for name, text in (("ids.txt", "row-12\n\nrow-2\nrow-7"), ("ids.json", '["row-2", "row-7", "row-12"]')):
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
         other = changed(run, evaluate={"mislabeled_column": None, "mislabeled": str(tmp_path / name)})
         np.testing.assert_array_equal(read_mislabeled(RunScores(other)), wrong)
 
@@ -161,6 +161,9 @@ def test_what_does_not_say_it_is_refused(run, tmp_path):
         read(mislabeled=str(tmp_path / "ids.txt"))
     with pytest.raises(ConfigError, match="cannot be read"):
         read(mislabeled=str(tmp_path / "none.txt"))
+    (tmp_path / "ids.txt").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read(mislabeled=str(tmp_path / "ids.txt"))
     with pytest.raises(MissingFieldError, match="has no field 'flipped'"):
         read(mislabeled_column="flipped")
     with pytest.raises(DataError, match="expected: true or false in every row"):

@@ -218,11 +218,11 @@ def _read_ids(config: RunConfig) -> list[str]:
             expected="evaluate.mislabeled, a file of ids, or evaluate.mislabeled_column, a column of data.train",
         )
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
             return list(map(str, json.loads(text)))
         return [line.strip() for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"evaluate.mislabeled {path} cannot be read ({error})", expected="one id a line, or a JSON list of ids"
         ) from error
