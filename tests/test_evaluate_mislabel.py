@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from llmattrib.build import build_features
 from llmattrib.cli import app
 from llmattrib.config import validate_config
-from llmattrib.errors import ConfigError, DataError, MethodError, MissingFieldError
+from llmattrib.errors import ConfigError, DataError, FingerprintMismatchError, MethodError, MissingFieldError
 from llmattrib.evaluate.mislabel import (
     detection,
     disagreement,
@@ -148,6 +148,18 @@ def test_both_forms_of_the_truth_are_one(run, tmp_path):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
         other = changed(run, evaluate={"mislabeled_column": None, "mislabeled": str(tmp_path / name)})
         np.testing.assert_array_equal(read_mislabeled(RunScores(other)), wrong)
+
+
+def test_a_column_of_other_examples_is_refused(run, tmp_path):
+    """Without ids rows go by their place: moved ones would be called wrong for others, missing ones not be found."""
+    lines = Path(run.data.train).read_text().splitlines(keepends=True)
+    unnamed = changed(run, tmp_path / "run", data={"id": None})
+    build_features(unnamed)
+    for rows, said in ((lines[::-1], "prompt of row 0"), (lines[:-1], "num_rows: stored")):
+        (tmp_path / "learn.jsonl").write_text("".join(rows))
+        other = changed(unnamed, data={"train": str(tmp_path / "learn.jsonl")})
+        with pytest.raises(FingerprintMismatchError, match=said):
+            read_mislabeled(RunScores(other))
 
 
 def test_what_does_not_say_it_is_refused(run, tmp_path):

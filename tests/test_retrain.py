@@ -17,7 +17,7 @@ from llmattrib.build import build_features
 from llmattrib.cli import app
 from llmattrib.data import load_validation_examples
 from llmattrib.distributed import Ranks
-from llmattrib.errors import ConfigError, FingerprintMismatchError, StoreNotFoundError
+from llmattrib.errors import ConfigError, FingerprintMismatchError, MethodError, StoreNotFoundError
 from llmattrib.evaluate.lds import lds_of_run
 from llmattrib.evaluate.leave_one_out import leave_one_out_of_run
 from llmattrib.evaluate.scores import RunScores
@@ -253,6 +253,8 @@ def test_ame_of_sub_models(run, tmp_path, tokenised):
     values = [float(line.split(",")[2]) for line in lines[1:]]
     assert np.argmax(values) == 2
     assert values[2] == pytest.approx(3.0, rel=0.1)
+    with pytest.raises(MethodError, match=r"values\.utility=accuracy, and sub-models are asked for the log-odds"):
+        compute_values(changed(run, values={"utility": "accuracy"}))
     shutil.rmtree(Path(run.run_dir, "retraining"))
     missing = CliRunner().invoke(app, ["values", path, "values.num_samples=32"])
     assert missing.exit_code == 2

@@ -184,10 +184,12 @@ def read_mislabeled(scores: RunScores) -> Bool[np.ndarray, " n"]:
     Raises:
         ConfigError: it does not say, or the file cannot be read or names no example of the run.
         DataError: a row lacks the column.
+        FingerprintMismatchError: the data set with the column has other examples than the features.
     """
     settings, ids = scores.config.evaluate, [example.id for example in scores.examples]
     if settings.mislabeled_column is not None:
         column = read_column(scores.config.data, settings.mislabeled_column)
+        scores.require_training()  # a column of other rows says nothing of these
         return np.array([_is_true(column[example_id], example_id) for example_id in ids])
     wrong = set(_read_ids(scores.config))
     unknown = sorted(wrong - set(ids))

@@ -113,6 +113,12 @@ def _of_sub_models(config: RunConfig) -> ValuesResult:
     """Value examples by the retraining game."""
     name = f"{config.values.method}_retraining"
     paths = [config.layout.path("values", f"{name}.{suffix}") for suffix in ("csv", "parquet")]
+    if config.values.utility != "auto":
+        raise MethodError(
+            f"values.utility={config.values.utility}, and sub-models are asked for the log-odds of the right answers",
+            expected="auto for values.game=retraining",
+            fix="set values.utility=auto, or values.game=kernel",
+        )
     settings = {**_settings(config, "log_odds"), "game": "retraining"}
     examples = encode_without_weights(config, load_examples(config.data))
     estimate = from_sub_models(config, examples)
