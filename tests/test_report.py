@@ -113,6 +113,14 @@ def test_it_shows_what_is_there_and_says_what_is_not(run, tmp_path):
     assert path.read_text() == page
 
 
+def test_what_was_measured_with_other_settings_of_reduce_is_marked(run):
+    def num_marked(**reduce):
+        return render(changed(run, reduce=reduce))[0].count("or with other settings of reduce, than this run has now")
+
+    assert num_marked(ridge=0.5) == 2  # the curves are of older features anyway
+    assert num_marked(methods=["grad_dot", "grad_cos"]) == 1  # another method changes nothing of the others
+
+
 def test_verdicts_look_at_intervals(run):
     def verdicts(ours, theirs, key="auroc", name="mislabel"):
         def row(method, low, high):

@@ -1,6 +1,7 @@
 """What an evaluation found, as it is printed, saved and reported: run_dir/evaluation/<name>.json.
 
-    {"evaluation", "rows": [a flat record each], "notes": [sentences], "details": what plots need, "features": digest}
+    {"evaluation", "rows": [a flat record each], "notes": [sentences], "details": what plots need, "features": digest,
+     "reduce": its settings but the methods, null where representers have no part}
 
 Numbers that are not defined (a correlation with a constant) are null.
 """
@@ -37,12 +38,13 @@ class Record:
     notes: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
-    def save(self, config: RunConfig, features: str) -> "Record":
+    def save(self, config: RunConfig, features: str, *, is_of_representers: bool = True) -> "Record":
         """Write the JSON file, atomically.
 
         Args:
             config: of the run.
             features: digest of the features that the scores were made from.
+            is_of_representers: whether it depends on the settings of `reduce`.
 
         Raises:
             DiskSpaceError, StoreError: it cannot be written.
@@ -50,6 +52,7 @@ class Record:
         tree = {
             "evaluation": self.name,
             "features": features,
+            "reduce": _reduce_settings(config) if is_of_representers else None,
             "notes": list(self.notes),
             "rows": list(self.rows),
             "details": dict(self.details),
@@ -59,13 +62,25 @@ class Record:
         return self
 
 
-def read_record(config: RunConfig, name: str) -> tuple[Record, str] | None:
-    """Return a saved record and the digest of the features it is of, or None when there is none."""
+def _reduce_settings(config: RunConfig) -> dict[str, Any]:
+    return config.reduce.model_dump(mode="json", exclude={"methods"})
+
+
+def read_record(config: RunConfig, name: str, features: str) -> tuple[Record, bool] | None:
+    """Return a saved record and whether it is of the present features and settings, or None when there is none.
+
+    Args:
+        config: the run, with the settings of `reduce` that representers have now.
+        name: of the evaluation.
+        features: digest of the features that are there now.
+    """
     try:
         tree = json.loads(read_bytes(config.layout.path("evaluation", f"{name}.json")))
-        return Record(tree["evaluation"], tree["rows"], tuple(tree["notes"]), tree["details"]), tree["features"]
+        record = Record(tree["evaluation"], tree["rows"], tuple(tree["notes"]), tree["details"])
+        is_current = tree["features"] == features and tree.get("reduce") in (None, _reduce_settings(config))
     except (FileNotFoundError, ValueError, KeyError):
         return None
+    return record, is_current
 
 
 def interval(samples: Float[np.ndarray, " k"]) -> tuple[float, float]:

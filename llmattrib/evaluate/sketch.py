@@ -106,7 +106,7 @@ def sketch_fidelity(
         [asdict(row) for row in rows],
         (f"off-diagonal inner products of {len(encoded):,} examples, {exact.shape[1]:,} numbers in an exact gradient",),
         {"num_examples": len(encoded), "gradient_dim": exact.shape[1]},
-    ).save(config, store.digest())
+    ).save(config, store.digest(), is_of_representers=False)
     return rows
 
 

@@ -90,7 +90,7 @@ def _halves(scores: RunScores) -> str:
 def _sketch(scores: RunScores, progress: Progress) -> Record:
     """Compare the stored sketch with exact inner products, as `evaluate sketch` does at its own width."""
     sketch_fidelity(scores.config, (), SKETCH_EXAMPLES, progress)
-    found = read_record(scores.config, "sketch")
+    found = read_record(scores.config, "sketch", scores.features.digest())
     assert found is not None
     return found[0]
 

@@ -138,11 +138,11 @@ def render(config: RunConfig) -> tuple[str, list[Section]]:
         StoreNotFoundError: the run has no features.
     """
     features = RowStore.open(config.layout.features)
-    found = {name: read_record(config, name) for name in EVALUATIONS}
+    digest = features.digest()
+    found = {name: read_record(config, name, digest) for name in EVALUATIONS}
     records = {name: pair for name, pair in found.items() if pair is not None}
     methods = config.reduce.methods
-    digest = features.digest()
-    sections = [section_of(record, methods, made_of != digest) for record, made_of in records.values()]
+    sections = [section_of(record, methods, not is_current) for record, is_current in records.values()]
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
