@@ -20,7 +20,7 @@ export DS_BUILD_OPS ?= 0
 .PHONY: help install demo test torture lint bench bench-env clean
 
 help:
-	@echo "make demo     install, then trace the answers of a real fine-tuned model (about seven CPU minutes)"
+	@echo "make demo     install, then trace the answers of a real fine-tuned model (four to seven CPU minutes)"
 	@echo "make test     install, then run every test"
 	@echo "make torture  install, then kill 200 builds (ROUNDS=...) at random times and compare every byte"
 	@echo "make lint     install, then ruff, mypy and the import layers"

@@ -322,7 +322,7 @@ def demo(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Teach a small real model 100 facts, ten of them wrong, and trace its answers. About seven CPU minutes."""
+    """Teach a small real model 100 facts, ten of them wrong, and trace its answers. Four to seven CPU minutes."""
     from llmattrib import console
 
     with console.reporting(debug):
