@@ -150,6 +150,14 @@ def test_both_forms_of_the_truth_are_one(run, tmp_path):
         np.testing.assert_array_equal(read_mislabeled(RunScores(other)), wrong)
 
 
+def test_embeddings_are_of_prompts_alone_where_there_are_labels(run, tmp_path):
+    rows = [json.loads(line) for line in Path(run.data.train).read_text().splitlines()[:4]]
+    turned = [{**row, "completion": {"yes": "no", "no": "yes"}[row["completion"]]} for row in rows]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turned))
+    found = RunScores(changed(run, values={"data": str(tmp_path / "asked.jsonl")})).of("embedding")
+    np.testing.assert_allclose(np.diag(found), -1, atol=1e-6)  # the same prompt and the other label
+
+
 def test_a_column_of_other_examples_is_refused(run, tmp_path):
     """Without ids rows go by their place: moved ones would be called wrong for others, missing ones not be found."""
     lines = Path(run.data.train).read_text().splitlines(keepends=True)

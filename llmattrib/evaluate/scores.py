@@ -276,8 +276,8 @@ def _embedding_scores(run: Run, examples: Sequence[Example], queries: Sequence[E
 
 @torch.no_grad()
 def _embed(run: Run, encoded: Sequence[Encoded]) -> Float[np.ndarray, "m d"]:
-    """Return the mean last hidden state of each text under the base model."""
-    loaded = run.extractor.loaded
+    """Return the mean last hidden state of each text under the base model; with label words, of its prompt."""
+    loaded, has_labels = run.extractor.loaded, bool(run.config.data.label_words)
     found: dict[int, Float[np.ndarray, " d"]] = {}
     for rows in length_batches(list(map(len, encoded)), run.config.features.tokens_per_batch):
         with batch_memory(run.config, len(rows)), loaded.base_only():
@@ -285,7 +285,8 @@ def _embed(run: Run, encoded: Sequence[Encoded]) -> Float[np.ndarray, "m d"]:
             states = loaded.model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
             ).hidden_states[-1]
-            mask = batch.attention_mask[..., None].to(states.dtype)
+            is_text = batch.attention_mask.bool() & ~batch.completion_mask if has_labels else batch.attention_mask
+            mask = is_text[..., None].to(states.dtype)
             mean = (states * mask).sum(1) / mask.sum(1)
         found.update(zip(rows, mean.double().cpu().numpy(), strict=True))
     return np.array([found[row] for row in range(len(encoded))])
