@@ -1,6 +1,7 @@
 """Where a model's weights are held, and in how many bits: the device a config names, quantisation by bitsandbytes.
 
-Quantised weights are for a GPU; the embeddings and what is no linear layer keep `model.dtype`, and so do products.
+Quantised weights are for a GPU; the embeddings and what is no linear layer keep `model.dtype`, and so do products. In 8
+bits bitsandbytes looks for outliers in a whole batch, so an example depends a little on the others of its batch.
 """
 
 import importlib.util
@@ -43,6 +44,22 @@ def resolve_device(name: str) -> torch.device:
             fix="set model.device=auto",
         )
     return torch.device("cuda", mine if device.index is None else device.index)
+
+
+def fix_order(device: torch.device, is_fixed: bool) -> None:
+    """Let PyTorch take, on a GPU, only what gives the same bytes each time, or whatever is quickest, from now on.
+
+    The backward pass of fused attention, among others, otherwise adds in the order in which threads come to an end.
+
+    Args:
+        device: nothing is changed for another than a GPU.
+        is_fixed: whether the order is.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch asks for it; cuBLAS reads it once
+        torch.use_deterministic_algorithms(is_fixed)
+        # else every new tensor is written twice; nothing reads one before it is written
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def quantisation(config: ModelConfig, dtype: str, device: torch.device, *, is_shared: bool = False) -> dict[str, Any]:

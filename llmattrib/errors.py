@@ -199,7 +199,7 @@ class StoppedError(LlmattribError):
 
 @contextmanager
 def memory_errors(what: str, *, expected: str, fix: str) -> Iterator[None]:
-    """Turn an out-of-memory failure of PyTorch, on a GPU or the CPU, into an error that says what to do.
+    """Turn what a device cannot do, as a memory that is full has PyTorch say it, into an error that says what to do.
 
     Args:
         what: what does not fit, e.g. "a batch of 8 examples".
@@ -208,10 +208,18 @@ def memory_errors(what: str, *, expected: str, fix: str) -> Iterator[None]:
 
     Raises:
         DeviceMemoryError: the memory is full.
+        ConfigError: the GPU has no way of an operation that gives the same bytes each time.
     """
     try:
         yield
     except RuntimeError as error:  # known by its name: this module does not import torch
+        operation, _, rest = str(error).partition(" does not have a deterministic implementation")
+        if rest:
+            raise ConfigError(
+                f"{operation} has no way on this GPU that gives the same bytes each time",
+                expected="a model without it, or model.deterministic=false",
+                fix="set model.deterministic=false: two runs then differ by rounding",
+            ) from error
         if type(error).__name__ != "OutOfMemoryError" and not any(words in str(error) for words in _FULL):
             raise
         raise DeviceMemoryError(

@@ -46,9 +46,9 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The base model and its adapters.
 
-    `name` is a hub id, a folder with safetensors, a `.gguf` file, or `package:NAME/FILE` for a file that an
-    installed Python package carries. `adapters` are PEFT folders; when empty, `run_dir/adapter` made by `train`.
-    `quantization` holds the base's linear layers in 4 (NF4) or 8 bits by bitsandbytes, on a GPU.
+    `name` is a hub id, a folder with safetensors, a `.gguf` file, or `package:NAME/FILE` for a file that an installed
+    Python package carries. `adapters` are PEFT folders; when empty, `run_dir/adapter` made by `train`. `quantization`
+    holds the base's linear layers in 4 (NF4) or 8 bits by bitsandbytes; `deterministic` has a GPU add in a fixed order.
     """
 
     name: str
@@ -58,6 +58,7 @@ class ModelConfig(Section):
     device: str = "auto"
     quantization: Literal["4bit", "8bit"] | None = None
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    deterministic: bool = True
     trust_remote_code: bool = False
     lora: LoraConfig = LoraConfig()
 
@@ -213,20 +214,19 @@ class WordsConfig(Section):
 class ReduceConfig(Section):
     """How features become representers.
 
-    `auto` follows docs/methods.md: a semivalue on generation is centred, unit-norm, ridge 0.1; on label words it is
-    not centred, unit-norm, ridge by leave-one-out; on features that a preconditioner has whitened it is, for both, not
-    centred, unit-norm, ridge 10; the gradient family takes raw features, ridge 0.1.
-    `methods` are names of methods.py; semivalues share one sweep over q. `normalize` is to unit norm, of several
-    adapters each one's part by itself. `ridge` is in units of the mean squared feature norm (below 1e-8 it is lost in
-    rounding); `loo` chooses it by closed-form leave-one-out error. `form` is how semivalues are taken from the mean
-    field: `pairs` is the most exact, `total_gradient` 2-5 times quicker, `streamed` holds no features, is linear in the
-    examples and shared out over processes, `cavity` misses the sum rule; `auto` is pairs up to 2,048 examples,
-    total_gradient up to 20,000 (or 16 for each dimension, if that is more) and streamed beyond.
-    `certificate_draws` random subsets (8 or more; 0 for none) measure the bias of the mean field.
-    `iterations` is the most that influence_cg and influence_lissa take, each a pass over the features.
-    `ensemble` is of features at several adapters: `kernel` adds their inner products before a curvature is formed,
-    `members` gives each adapter a curvature of its own and takes the mean of their values. It is for the gradient
-    family; semivalues, grad_dot and grad_cos take the kernel.
+    `auto` follows docs/methods.md: a semivalue on generation is centred, unit-norm, ridge 0.1; on label words it is not
+    centred, unit-norm, ridge by leave-one-out; on features that a preconditioner has whitened it is, for both, not
+    centred, unit-norm, ridge 10; the gradient family takes raw features, ridge 0.1. `methods` are names of methods.py;
+    semivalues share one sweep over q. `normalize` is to unit norm, of several adapters each one's part by itself.
+    `ridge` is in units of the mean squared feature norm (below 1e-8 it is lost in rounding); `loo` chooses it by
+    closed-form leave-one-out error. `form` is how semivalues are taken from the mean field: `pairs` is the most exact,
+    `total_gradient` 2-5 times quicker, `streamed` holds no features, is linear in the examples and shared out over
+    processes, `cavity` misses the sum rule; `auto` is pairs up to 2,048 examples, total_gradient up to 20,000 (or 16
+    for each dimension, if that is more) and streamed beyond. `certificate_draws` random subsets (8 or more; 0 for none)
+    measure the bias of the mean field. `iterations` is the most that influence_cg and influence_lissa take, each a pass
+    over the features. `ensemble` is of features at several adapters: `kernel` adds their inner products before a
+    curvature is formed, `members` gives each adapter a curvature of its own and takes the mean of their values. It is
+    for the gradient family; semivalues, grad_dot and grad_cos take the kernel.
     """
 
     methods: tuple[Method, ...] = METHODS

@@ -33,7 +33,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from llmattrib.config import digest
-from llmattrib.device import quantisation
+from llmattrib.device import fix_order, quantisation
 from llmattrib.distributed import Sharding
 from llmattrib.errors import ModelNotFoundError, TokenizerMismatchError, first_line, memory_errors
 from llmattrib.sections import ModelConfig
@@ -175,7 +175,7 @@ def load_base(
         config: the model's section.
         folder: from `resolve_base`.
         dtype: of the weights.
-        device: of the weights.
+        device: of the weights; a GPU computes as `config.deterministic` says from now on.
         sharding: where ranks share the weights; each keeps its part only.
 
     Raises:
@@ -184,6 +184,7 @@ def load_base(
         DeviceMemoryError: it does not fit on the device.
     """
     quantised = quantisation(config, dtype, device, is_shared=sharding is not None)
+    fix_order(device, config.deterministic)
     fix = "take a smaller dtype or a larger device"
     room = partial(memory_errors, config.name, expected="room for its weights", fix=fix)
     try:

@@ -15,11 +15,14 @@ import llmattrib.model
 import llmattrib.train
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig
+from llmattrib.errors import ConfigError
 from llmattrib.evaluate.scores import RunScores
 from llmattrib.evaluate.tail_patch import tail_patch_of_run
+from llmattrib.features.extract import Extractor
 from llmattrib.features.sketch import Block, Sketch, make_plan
 from llmattrib.further_training import gold_scores, train_further
 from llmattrib.index import build_index
+from llmattrib.model import load_model
 from llmattrib.query import Run
 from llmattrib.reduce import reduce_run
 from llmattrib.retrain import retrain, retrained_seeds
@@ -36,7 +39,12 @@ def on_gpu() -> Iterator[None]:
         for module in (llmattrib.model, llmattrib.train, llmattrib.games.retraining):
             patch.setattr(module, "resolve_device", lambda _: GPU)
         patch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 40, 1 << 40))
-        yield
+        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def everything(config: RunConfig, read: Callable[[RunConfig], Any]) -> tuple[Any, Any]:
@@ -88,6 +96,40 @@ def test_features(tmp_path: Path, family: str, dtype: str, features: dict[str, A
     found, wanted = everything(changed(config, model={"dtype": dtype, "adapters": adapters}), rows)
     np.testing.assert_array_equal(found, wanted)
     assert np.abs(found).max() > 0.1
+
+
+def test_a_gpu_adds_in_a_fixed_order_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_run(tmp_path, features={"sketch": {"kind": "none"}})
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set ...")
+
+    load_model(config.model)
+    assert not torch.are_deterministic_algorithms_enabled()  # of a CPU nothing is asked
+    with on_gpu():
+        load_model(config.model)
+        assert torch.are_deterministic_algorithms_enabled()
+        load_model(config.model.model_copy(update={"deterministic": False}))
+        assert not torch.are_deterministic_algorithms_enabled()
+        monkeypatch.setattr(Extractor, "extract", refuse)
+        with pytest.raises(ConfigError, match=r"cumsum_cuda_kernel has no way[\s\S]*set model\.deterministic=false"):
+            build_features(config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("linearisation", ["init", "trained"])
+def test_two_runs_on_a_gpu_give_the_same_bytes(tmp_path: Path, linearisation: str) -> None:
+    config = tiny_run(tmp_path, model={"device": "cuda", "dtype": "bfloat16"}, num_rows=64)
+    config = changed(config, features={"linearisation": linearisation})
+    for name in ("one", "two"):
+        run = changed(config, tmp_path / name)
+        train_adapter(run)
+        build_features(run)
+    for part in ("adapter", "features.zarr/rows"):
+        files = [path for path in sorted((tmp_path / "one" / part).rglob("*")) if path.is_file()]
+        assert files
+        for path in files:
+            assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
 
 
 def test_tables_of_a_sketch_are_on_the_gpu_alone() -> None:
