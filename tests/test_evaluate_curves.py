@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from llmattrib.build import build_features
 from llmattrib.cli import app
-from llmattrib.errors import ConfigError, FingerprintMismatchError, StoreError
+from llmattrib.errors import ConfigError, FingerprintMismatchError, MethodError, StoreError
 from llmattrib.evaluate.curves import Curves, by_class, curves_of_run, cut, cut_sizes, ranked, rankings_of, retrained
 from llmattrib.evaluate.scores import RunScores
 from llmattrib.games.chosen_subsets import ChosenSubsets
@@ -93,6 +93,8 @@ def test_cuts():
     assert cut(order, "keep_highest", 2).tolist() == [True, False, False, True]
     assert cut(order, "keep_lowest", 1).tolist() == [False, True, False, False]
     assert cut_sizes((0.01, 0.02, 0.5, 0.999), 10).tolist() == [1, 5, 9]  # never none, never all, each once
+    with pytest.raises(MethodError, match="the run has one example\n  expected: two or more"):
+        cut_sizes((0.1,), 1)
 
 
 def test_the_table_is_asked_before_the_game(tmp_path):

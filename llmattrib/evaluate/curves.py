@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 
 from llmattrib.config import RunConfig
 from llmattrib.encoding import EncodedSet
+from llmattrib.errors import MethodError
 from llmattrib.evaluate.record import Record, Row, interval
 from llmattrib.evaluate.scores import RunScores
 from llmattrib.games.chosen_subsets import ChosenSubsets
@@ -92,7 +93,13 @@ def by_class(classes: Sequence[str], draws: np.random.Generator) -> Ranking:
 
 
 def cut_sizes(fractions: Sequence[float], num_examples: int) -> Int[np.ndarray, " k"]:
-    """Return the numbers of examples that fractions are, at least one, each number once."""
+    """Return the numbers of examples that fractions are, at least one and not all, each number once.
+
+    Raises:
+        MethodError: there is one example.
+    """
+    if num_examples == 1:
+        raise MethodError("the run has one example", expected="two or more, of which some are removed and some kept")
     sizes = {min(max(1, round(fraction * num_examples)), num_examples - 1) for fraction in fractions}
     return np.array(sorted(sizes))
 
@@ -219,6 +226,7 @@ def curves_of_run(scores: RunScores, progress: Progress = silent) -> Record:
         ConfigError: `values.data` is not set.
         StoreLockedError: another process trains sub-models of this run.
         FingerprintMismatchError: the sub-models that are there, or the features, are of other data or settings.
+        MethodError: the run has one example.
     """
     config, settings = scores.config, scores.config.evaluate
     examples = scores.require_training()

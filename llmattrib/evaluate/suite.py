@@ -113,7 +113,7 @@ EVALUATIONS: dict[str, Evaluation] = {
     ),
     "curves": Evaluation(
         curves_of_run,
-        lambda _: "",
+        lambda scores: "the run has one example" if scores.features.manifest.num_rows == 1 else "",
         "What does a model say that was trained without the highest examples, or on them alone?",
     ),
     "mislabel": Evaluation(
