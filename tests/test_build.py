@@ -12,7 +12,7 @@ from tiny import CONTEXT, tiny_adapter_dir, tiny_rows, tiny_run, tiny_tokenizer
 
 from llmattrib import extraction
 from llmattrib.build import build_features
-from llmattrib.config import config_to_yaml, load_config
+from llmattrib.config import config_to_yaml, load_config, validate_config
 from llmattrib.data import load_examples, read_examples
 from llmattrib.errors import (
     ConfigError,
@@ -44,7 +44,7 @@ def changed(config, run_dir=None, **sections):
     tree = config.model_dump(mode="json")
     for section, values in sections.items():
         tree[section] = tree[section] | values
-    return type(config).model_validate(tree | ({"run_dir": str(run_dir)} if run_dir else {}))
+    return validate_config(tree | ({"run_dir": str(run_dir)} if run_dir else {}))
 
 
 @pytest.fixture
