@@ -253,6 +253,15 @@ def test_copies_are_found_within_the_tolerance_only():
     assert len(group_copies(rows, np.ones((50, 1)), None).counts) == 50
 
 
+def test_copies_are_found_across_a_row_of_another_length():
+    """Rows are sorted along a direction; a short row between two long copies must not part them."""
+    direction = stream(0, "mean_field", "copies").standard_normal(3)
+    direction /= np.linalg.norm(direction)
+    across = np.linalg.svd(direction[None])[2][1]
+    rows = np.array([direction + 100 * across, 1.0005 * direction, 1.001 * direction + 100 * across])
+    assert group_copies(rows, np.ones((3, 1)), 1e-4).group.tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_sites_average_over_the_copies_present(count):
     """E over m ~ Binomial(k, q) by listing all 2^k cases; derivatives by finite differences."""

@@ -43,11 +43,9 @@ def group_copies(
     heights = coordinates @ (direction / np.linalg.norm(direction))
     order = np.argsort(heights, kind="stable")
     leader_of = np.arange(len(coordinates))
-    first = 0
+    firsts = np.searchsorted(heights[order], heights[order] - tolerance * norms[order])
     for position, player in enumerate(order):
-        while heights[player] - heights[order[first]] > tolerance * norms[player]:
-            first += 1
-        near = order[first:position]
+        near = order[firsts[position] : position]
         near = near[leader_of[near] == near]
         if len(near):
             far = np.linalg.norm(coordinates[near] - coordinates[player], axis=1) > tolerance * norms[player]
