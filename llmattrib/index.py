@@ -96,7 +96,7 @@ class VectorIndex:
         if (kind == "flat" or (kind == "ivfpq" and is_known)) and faiss.get_num_gpus() > 0:
             options = faiss.GpuMultipleClonerOptions()
             options.shard = True
-            fix = "free memory of the GPUs, or hide them: CUDA_VISIBLE_DEVICES="
+            fix = "free memory of the GPUs, or set index.kind to scan or hnsw, which the CPU searches, and index again"
             with memory_errors(f"the index of {index.ntotal:,} rows", expected="room for it on all GPUs", fix=fix):
                 self._gpu_index = faiss.index_cpu_to_all_gpus(index, options)
 

@@ -90,6 +90,7 @@ def runs(folder):
         ("init", 9, False, "llama", {"num_inits": 2}),  # shards of 4, 4 and 1 rows: the second rank has one
         ("single", 3, False, "gpt2", {}),  # one shard: the second rank has none; layers of Conv1D
         ("logits", 5, True, "llama", {"output": "logits"}),  # two outputs of one batch
+        ("half", 3, False, "llama", {}),  # a base in bfloat16 beside factors in float32
         ("trained", 6, False, "qwen2", {"linearisation": "trained"}),
     ):
         place = folder / name
@@ -98,7 +99,7 @@ def runs(folder):
         if name == "trained":
             adapters = [tiny_adapter_dir(place, config.model.name, seed=seed, name=f"a{seed}") for seed in (0, 1)]
             config = changed(config, model={"adapters": adapters})
-        kinds[name] = config
+        kinds[name] = changed(config, model={"dtype": "bfloat16"}) if name == "half" else config
     return kinds
 
 
