@@ -222,7 +222,8 @@ def _train(
     loaded = prepare_trainable(config.model, dtype, config.seed)
     tuning = FineTuning(loaded, config.train, config.model.lora.dropout, config.seed)
     _require_space(targets[max(targets)], tuning.factors, len(targets))
-    losses = _restore(state_file, tuning, fingerprint)
+    state = fingerprint | {"computed in": dtype}  # by train.dtype=auto another one on another machine
+    losses = _restore(state_file, tuning, state)
     if min(targets) <= len(losses):  # the state is past an epoch that is wanted now
         tuning.restart(config.seed)
         losses = []
@@ -239,7 +240,7 @@ def _train(
             }
             _save(loaded, targets[epoch + 1], config.model.name, records[epoch + 1])
         if epoch + 1 < max(targets):
-            _save_state(state_file, tuning, fingerprint, losses)
+            _save_state(state_file, tuning, state, losses)
     state_file.unlink(missing_ok=True)
     return records
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import llmattrib.train
 from llmattrib.build import build_features
 from llmattrib.config import RunConfig, validate_config
 from llmattrib.data import load_examples
@@ -217,6 +218,22 @@ def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
     ) as caught:
         train_adapter(other)
     assert caught.value.fix.endswith("adapter.state.safetensors to train again, or name another run_dir")
+
+
+def test_a_state_is_not_gone_on_with_in_another_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by train.dtype=auto, when a job that a GPU began goes on without one."""
+
+    def kill(done: int, total: int) -> None:
+        if done > 12:
+            raise KilledError
+
+    config = tiny_run(tmp_path, train={"dtype": "auto"})
+    monkeypatch.setattr(llmattrib.train, "training_dtype", lambda *_: "bfloat16")
+    with pytest.raises(KilledError):
+        train_adapter(config, kill)
+    monkeypatch.undo()
+    with pytest.raises(FingerprintMismatchError, match="computed in: stored 'bfloat16', now 'float32'"):
+        train_adapter(config)
 
 
 def test_progress_counts_sequences(tmp_path: Path) -> None:
