@@ -105,7 +105,6 @@ def test_every_shipped_config_is_accepted(path: Path) -> None:
         ("reduce.ridge=1.0e-9", r"reduce\.ridge.*greater than or equal to 0\.00000001 \(found 1e-09\)"),
         ("reduce.ridge=.inf", r"reduce\.ridge.*Input should be a finite number \(found inf\)"),
         ("values.freeshap_ridge=1.0e-13", r"freeshap_ridge: Input should be greater than or equal to 0\.000000000001"),
-        ("train.learning_rate=.inf", r"train\.learning_rate: Input should be a finite number"),
         ("model.lora.layers=first", r"model\.lora\.layers: String should match pattern"),
         ("seed=-1", r"seed: Input should be greater than or equal to 0"),
         ("run_dir=''", r"run_dir: String should have at least 1 character"),
