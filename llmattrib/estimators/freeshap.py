@@ -127,7 +127,7 @@ class FreeShap:
             MethodError: it does not fit the memory, or a kernel is not positive definite at this ridge.
         """
         g, m, n = problem.query_kernel.shape
-        size = 8 * (3 * g * n * (n + m) + 2 * m * n + 3 * BLOCK * m * problem.num_classes)
+        size = 8 * (3 * g * n * (n + m) + 3 * BLOCK * m * problem.num_classes)
         fix = "take fewer validation examples, or the single kernel"
         require_memory(size, f"FreeShap of {n} examples and {m} queries", fix, self.max_bytes)
         empty = np.array([-np.log(problem.num_classes), 1 / problem.num_classes])
