@@ -193,7 +193,7 @@ def validate_config(tree: Mapping[str, Any], source: str = "config") -> RunConfi
 _PLAIN = {
     "missing": "is missing",
     "model_type": "is no section: write its settings below it, or leave it out",
-    "string_type": "is no text: put it in quotes",
+    "string_type": "is no text: write one, in quotes",
     "tuple_type": "is no list: write [a, b]",
 }
 """Types of pydantic's errors -> what is said instead where its own words are of Python."""
