@@ -222,7 +222,7 @@ def _train(
     loaded = prepare_trainable(config.model, dtype, config.seed)
     tuning = FineTuning(loaded, config.train, config.model.lora.dropout, config.seed)
     _require_space(targets[max(targets)], tuning.factors, len(targets))
-    state = fingerprint | {"computed in": dtype}  # by train.dtype=auto another one on another machine
+    state = fingerprint | {"train.dtype": dtype}  # what `auto` is may be another one on another machine
     losses = _restore(state_file, tuning, state)
     if min(targets) <= len(losses):  # the state is past an epoch that is wanted now
         tuning.restart(config.seed)

@@ -232,8 +232,12 @@ def test_a_state_is_not_gone_on_with_in_another_dtype(tmp_path: Path, monkeypatc
     with pytest.raises(KilledError):
         train_adapter(config, kill)
     monkeypatch.undo()
-    with pytest.raises(FingerprintMismatchError, match="computed in: stored 'bfloat16', now 'float32'"):
+    with pytest.raises(FingerprintMismatchError, match=r"\(train\.dtype: stored 'bfloat16', now 'float32'\)"):
         train_adapter(config)
+    named = config.model_copy(update={"train": config.train.model_copy(update={"dtype": "bfloat16"})})
+    calls: list[int] = []
+    train_adapter(named, lambda done, total: calls.append(done))  # as the error says
+    assert calls[0] == 12
 
 
 def test_progress_counts_sequences(tmp_path: Path) -> None:
