@@ -16,7 +16,7 @@ def test_features_are_built_about_as_quickly_as_a_fine_tune_and_quicker_than_by_
     ratios = features.summary(found["cases"])
     assert {name: found[name] for name in ratios} == ratios
     assert min(ratios["ratio_to_forward_backward"].values()) >= 0.9
-    assert ratios["ratio_to_bergson"]["default"] >= 1.2  # we want 1.5, which `init` reaches at rank 8
+    assert ratios["ratio_to_bergson"]["default"] >= 1.25  # we want 1.5, which `init` reaches
     assert ratios["ratio_to_bergson"]["equal_dims"] >= 15
 
 
