@@ -83,6 +83,14 @@ def test_unit_rows_of_any_size_equal_those_of_float64(scale, members):
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)
 
 
+def test_unit_rows_of_several_sizes_side_by_side():
+    rows = np.random.default_rng(0).standard_normal((2, 4, 100)).astype(np.float32)
+    found = unit_rows(rows * np.array([[[1], [1e-30], [0], [1e25]]], np.float32))
+    np.testing.assert_array_equal(found[:, 0], rows[:, 0] / np.linalg.norm(rows[:, 0], axis=-1, keepdims=True))
+    np.testing.assert_allclose(found[:, [1, 3]], unit_rows(rows[:, [1, 3]]), atol=1e-7)
+    assert not found[:, 2].any()
+
+
 def test_products_of_unit_rows_of_several_adapters_are_means_of_their_cosines():
     rows, queries = draw(12, 7)[0], draw(3, 7, seed=1)[0]
     rows[:, :2] *= 1000  # one adapter's gradients are much larger than the other's

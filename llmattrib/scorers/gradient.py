@@ -28,6 +28,8 @@ from llmattrib.errors import MethodError
 from llmattrib.games.kernel import FeatureRows
 
 State = TypeVar("State")
+SQUARABLE = (1e-15, 1e15)
+"""Norms of rows whose squares float32 holds; others are scaled before they are squared."""
 
 
 @runtime_checkable
@@ -160,9 +162,16 @@ def unit_rows(rows: Float[np.ndarray, "*shape p"], members: Sequence[int] = ()) 
         parts = np.split(rows, np.cumsum(members)[:-1], axis=-1)
         scale = np.asarray(len(members) ** 0.5, rows.dtype)
         return np.concatenate([unit_rows(part) / scale for part in parts], axis=-1)
-    largest = np.abs(rows).max(axis=-1, keepdims=True)
-    scaled = rows / np.where(largest > 0, largest, 1)  # first, or squares of what is below 1e-19 vanish in float32
-    return np.asarray(scaled / np.maximum(np.linalg.norm(scaled, axis=-1, keepdims=True), 1))
+    with np.errstate(over="ignore"):
+        norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    is_usual = (norms > SQUARABLE[0]) & (norms < SQUARABLE[1])
+    unit = np.asarray(rows / np.where(is_usual, norms, 1))
+    if not is_usual.all():
+        odd = ~is_usual[..., 0]
+        largest = np.abs(rows[odd]).max(axis=-1, keepdims=True)
+        scaled = rows[odd] / np.where(largest > 0, largest, 1)
+        unit[odd] = scaled / np.maximum(np.linalg.norm(scaled, axis=-1, keepdims=True), 1)
+    return unit
 
 
 def absolute_ridge(features: FeatureRows, ridge: float) -> float:
