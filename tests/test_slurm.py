@@ -147,7 +147,7 @@ def test_launch_and_reduce_nodes_of_the_config_reach_their_jobs(tmp_path: Path) 
 def test_a_time_that_yaml_reads_as_a_number_is_refused(path: str) -> None:
     result = llmattrib("submit", path, "slurm.time=4:00:00", "--dry-run")
     assert result.exit_code == 2
-    assert "slurm.time: is no text: put it in quotes (found 14400)" in " ".join(result.stderr.split())
+    assert "slurm.time: is no text: write one, in quotes (found 14400)" in " ".join(result.stderr.split())
 
 
 def test_logs_need_a_local_run_dir(tmp_path: Path) -> None:
