@@ -27,6 +27,7 @@ from llmattrib.errors import ConfigError, SlurmError
 from llmattrib.index import build_index, open_index
 from llmattrib.reduce import reduce_run
 from llmattrib.store import RowStore
+from llmattrib.train import train_adapter
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
@@ -376,6 +377,7 @@ def test_a_chain_that_loses_a_node_and_is_warned_ends_with_the_bytes_of_a_local_
     assert "build: 30 of 30 shards" in shown
     assert all(f"{item.stage} {item.id}: COMPLETED" in shown for item in jobs)
     local = config.model_copy(update={"run_dir": str(tmp_path / "local")})
+    train_adapter(local)
     build_features(local)
     assert contents(config.layout.features) == contents(local.layout.features)
     assert not Path(config.layout.features + ".lock").exists()
