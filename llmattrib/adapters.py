@@ -97,8 +97,8 @@ def _last_part(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()
 
 
-def adapter_faults(folders: Sequence[str], stored: str | None) -> Iterator[tuple[str, str]]:
-    """Say of each adapter's folder what is wrong with the files in it; nothing of those that are sound.
+def adapter_faults(folders: Sequence[str], stored: str | None) -> Iterator[tuple[str, str, bool]]:
+    """Yield each adapter's folder that is not sound, what is wrong, and whether only the features are of another one.
 
     Args:
         folders: PEFT folders, local or fsspec URLs.
@@ -109,26 +109,27 @@ def adapter_faults(folders: Sequence[str], stored: str | None) -> Iterator[tuple
     """
     digests = stored.split("+") if stored else [None] * len(folders)
     if len(digests) != len(folders):
-        yield folders[0], f"is one of {len(folders)} adapters, and the features were made at {len(digests)}"
+        yield folders[0], f"is one of {len(folders)} adapters, and the features were made at {len(digests)}", True
         return
     for folder, digest in zip(folders, digests, strict=True):
-        what = _fault(folder, digest)
+        what, found = _fault(folder)
         if what:
-            yield folder, what
+            yield folder, what, False
+        elif digest not in (None, found[:32]):
+            yield folder, "has other weights than the features were made at", True
 
 
-def _fault(folder: str, digest: str | None) -> str:
+def _fault(folder: str) -> tuple[str, str]:
+    """Return what is wrong with a folder by itself, or nothing and the digest of its weights."""
     for name in ("adapter_config.json", ADAPTER_WEIGHTS):
         if not exists(f"{folder}/{name}"):
-            return f"has no {name}" if exists(folder) else "is missing, and queries need it"
+            return (f"has no {name}" if exists(folder) else "is missing, and queries need it"), ""
     found, record = hashlib.sha256(read_bytes(f"{folder}/{ADAPTER_WEIGHTS}")).hexdigest(), f"{folder}/{RECORD}"
     try:
         written = json.loads(read_bytes(record)).get("weights", found) if exists(record) else found
     except (ValueError, AttributeError) as error:
-        return f"has a {RECORD} that cannot be read ({error})"
-    if written != found:
-        return "has other weights than train wrote"
-    return "" if digest in (None, found[:32]) else "has other weights than the features were made at"
+        return f"has a {RECORD} that cannot be read ({error})", ""
+    return ("" if written == found else "has other weights than train wrote"), found
 
 
 def check_shapes(paths: Sequence[Path], base: Any) -> None:

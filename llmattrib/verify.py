@@ -267,11 +267,11 @@ class _Checks:
         paths = named or (adapter_paths(self.config) if stored else [self.layout.adapter])
         if not (named or stored or features.manifest.info.get("has_adapter") or storage.exists(paths[0])):
             return  # the base model answers
-        for path, what in adapter_faults(paths, stored):
+        for path, what, is_of_features in adapter_faults(paths, stored):
             again = self.command("train")
             if named:
                 again = "restore it, or correct model.adapters"
-            elif "features" in what:
+            elif is_of_features:
                 again = f"restore it, or: rm -r {shlex.quote(features.path)} && {self.command('build')}"
             elif storage.exists(path):
                 again = f"rm -r {shlex.quote(path)} && {again}"
