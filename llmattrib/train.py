@@ -152,10 +152,18 @@ def encode_without_weights(config: RunConfig, examples: Sequence[Example]) -> En
     Raises:
         DataError, ModelError: the examples or the model cannot be used.
     """
+    return _encode(config, *_tokenizer(config), examples)
+
+
+def _tokenizer(config: RunConfig) -> tuple[Path, Any]:
+    """Return the base model's folder and the run's tokenizer."""
     model = config.model
     folder = resolve_base(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    tokenizer = load_tokenizer(folder, [*map(Path, model.adapters)], trust_remote_code=model.trust_remote_code)
-    context = context_length(folder, tokenizer, trust_remote_code=model.trust_remote_code)
+    return folder, load_tokenizer(folder, [*map(Path, model.adapters)], trust_remote_code=model.trust_remote_code)
+
+
+def _encode(config: RunConfig, folder: Path, tokenizer: Any, examples: Sequence[Example]) -> EncodedSet:
+    context = context_length(folder, tokenizer, trust_remote_code=config.model.trust_remote_code)
     return encode_all(examples, tokenizer, config.data, context)
 
 
@@ -169,10 +177,8 @@ def training_inputs(config: RunConfig, examples: EncodedSet | None = None) -> tu
     Raises:
         DataError, ModelError: the examples or the model cannot be used.
     """
-    model = config.model
-    folder = resolve_base(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    tokenizer = load_tokenizer(folder, [*map(Path, model.adapters)], trust_remote_code=model.trust_remote_code)
-    encoded = encode_without_weights(config, load_examples(config.data)) if examples is None else examples
+    model, (folder, tokenizer) = config.model, _tokenizer(config)
+    encoded = _encode(config, folder, tokenizer, load_examples(config.data)) if examples is None else examples
     return encoded, {
         "base_model": weights_fingerprint(folder),
         **tokenizer_fingerprint(tokenizer),

@@ -229,8 +229,8 @@ def from_table(
     return replace(_normal(found, values.confidence, game.notes), empty=ends[0], full=ends[1])
 
 
-def from_sub_models(config: RunConfig, examples: EncodedSet) -> Estimate:
-    """Read values from the sub-models of `llmattrib retrain`, in the mean log-odds of the prompts' answers.
+def sub_model_rows(config: RunConfig, examples: EncodedSet) -> SubsetRows:
+    """Read the sub-models of `llmattrib retrain` that the method takes, `values.num_samples` of them or more.
 
     Args:
         config: the run.
@@ -256,6 +256,11 @@ def from_sub_models(config: RunConfig, examples: EncodedSet) -> Estimate:
             fix=f"run `llmattrib retrain` with retraining.design={rows.design.name} and "
             f"retraining.num_subsets={values.num_samples}, or lower values.num_samples",
         )
+    return rows
+
+
+def from_sub_models(values: ValuesConfig, rows: SubsetRows) -> Estimate:
+    """Read values from the first of `sub_model_rows`, in the mean log-odds of the prompts' answers."""
     rows = rows.first(values.num_samples)
     return _of_rows(values, replace(rows, utilities=rows.utilities.mean(axis=1, keepdims=True)), ())
 

@@ -25,7 +25,6 @@ from llmattrib.methods import MethodName
 from llmattrib.progress import Progress, silent
 from llmattrib.query import Run
 from llmattrib.reader import FeatureReader, current_representers
-from llmattrib.retrain import retrained_rows
 from llmattrib.store import RowStore
 from llmattrib.train import encode_without_weights
 from llmattrib.values.estimates import (
@@ -37,7 +36,7 @@ from llmattrib.values.estimates import (
     from_sub_models,
     from_subsets,
     from_table,
-    table_design,
+    sub_model_rows,
 )
 from llmattrib.values.game import UtilityName, ValidationGame
 from llmattrib.values.result import DataValue, ValuesResult, read_values, write_values
@@ -121,14 +120,14 @@ def _of_sub_models(config: RunConfig) -> ValuesResult:
         )
     settings = {**_settings(config, "log_odds"), "game": "retraining"}
     examples = encode_without_weights(config, load_examples(config.data))
-    estimate = from_sub_models(config, examples)
-    rows = retrained_rows(config, table_design(config.values), examples)
+    rows = sub_model_rows(config, examples)
     seeds = config.retraining.num_seeds
     fingerprint = {"sub_models": digest(rows.utilities.tolist()), "settings": settings, "seeds": seeds}
     fingerprint = json.loads(json.dumps(fingerprint))
     with locked(config.layout.path("values")):
         result = read_values(paths[0], paths[1], fingerprint)
         if result is None:
+            estimate = from_sub_models(config.values, rows)
             result = _result(config, examples.examples, rows.utilities.shape[1], "log_odds", estimate, paths)
             write_values(result, settings, fingerprint)
     return result
