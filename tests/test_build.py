@@ -291,21 +291,20 @@ def test_running_out_of_memory_names_the_batch_size_to_try(run, monkeypatch, fai
     assert not Path(run.layout.features + ".lock").exists()
 
 
-def test_running_out_of_memory_while_weights_are_taken_to_devices_names_the_model(run, monkeypatch):
+@pytest.mark.parametrize(
+    ("step", "match"),
+    [
+        ("__init__", r"llama-0 does not fit[\s\S]*more or larger devices"),
+        ("_differentiate", r"a batch of 4 examples[\s\S]*set features\.tokens_per_batch=128"),
+    ],
+    ids=["weights are taken to devices", "the sketch is planned"],
+)
+def test_running_out_of_memory_before_the_first_row_says_of_what(run, monkeypatch, step, match):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr(Extractor, "__init__", fail)
-    with pytest.raises(DeviceMemoryError, match=r"llama-0 does not fit[\s\S]*more or larger devices"):
-        build_features(run)
-
-
-def test_running_out_of_memory_while_the_sketch_is_planned_names_the_batch_size_too(run, monkeypatch):
-    def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-
-    monkeypatch.setattr(Extractor, "_differentiate", fail)
-    with pytest.raises(DeviceMemoryError, match=r"a batch of 4 examples[\s\S]*set features\.tokens_per_batch=128"):
+    monkeypatch.setattr(Extractor, step, fail)
+    with pytest.raises(DeviceMemoryError, match=match):
         build_features(run)
     assert not Path(run.layout.features).exists()
 
